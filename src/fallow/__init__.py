@@ -1,0 +1,81 @@
+"""Fallow adapts pretrained models at a fraction of the usual memory, time and storage.
+
+    import fallow
+
+    optimizer = fallow.SaRA(model, fraction=0.05)      # in place of torch.optim.AdamW(model.parameters())
+    ...
+    optimizer.save("style.safetensors")
+
+The names are imported when first used, so that `import fallow` and the command line's help cost no seconds.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fallow.core.errors import (
+        AdapterError,
+        ConfigError,
+        DataError,
+        FallowError,
+        ModelError,
+        SelectionError,
+    )
+    from fallow.core.schedule import step
+    from fallow.core.sparse import Adapters, SparseDelta
+    from fallow.core.trainer import Callback
+    from fallow.selection.largest import Largest
+    from fallow.selection.lt_sft import LTSFT
+    from fallow.selection.random import Random
+    from fallow.selection.sara import SaRA
+    from fallow.selection.selective import Selective
+    from fallow.selection.shira import SHiRA
+
+__version__ = "0.1.0"
+__all__ = [
+    "LTSFT",
+    "AdapterError",
+    "Adapters",
+    "Callback",
+    "ConfigError",
+    "DataError",
+    "FallowError",
+    "Largest",
+    "ModelError",
+    "Random",
+    "SHiRA",
+    "SaRA",
+    "SelectionError",
+    "Selective",
+    "SparseDelta",
+    "step",
+]
+
+_HOME = {
+    "AdapterError": "fallow.core.errors",
+    "Adapters": "fallow.core.sparse",
+    "Callback": "fallow.core.trainer",
+    "ConfigError": "fallow.core.errors",
+    "DataError": "fallow.core.errors",
+    "FallowError": "fallow.core.errors",
+    "LTSFT": "fallow.selection.lt_sft",
+    "Largest": "fallow.selection.largest",
+    "ModelError": "fallow.core.errors",
+    "Random": "fallow.selection.random",
+    "SHiRA": "fallow.selection.shira",
+    "SaRA": "fallow.selection.sara",
+    "SelectionError": "fallow.core.errors",
+    "Selective": "fallow.selection.selective",
+    "SparseDelta": "fallow.core.sparse",
+    "step": "fallow.core.schedule",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'fallow' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,94 @@
+"""One pass over some batches that gathers what a choice needs to know beforehand: here, dense gradients on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fallow.core.errors import ConfigError, DataError, nearest
+from fallow.core.select import Target
+
+Loss = Callable[[nn.Module, Any], Tensor]
+Aggregate = Literal["sum", "mean_abs"]
+
+
+def default_loss(model: nn.Module, batch: Any) -> Tensor:
+    """`model(**batch).loss`, the convention of transformers."""
+    return model(**batch).loss
+
+
+def gradients(
+    model: nn.Module,
+    targets: Sequence[Target],
+    batches: Iterable[Any],
+    loss: Loss | None = None,
+    aggregate: Aggregate = "sum",
+) -> dict[str, Tensor]:
+    """{name: float32 CPU tensor of the weight's shape}: |sum of the batches' gradients|, or the mean of their
+    magnitudes.
+
+    Layer by layer: a hook moves each gradient to the CPU as soon as it exists and drops it, so the device holds one
+    dense gradient at a time and the CPU one copy of the weights (two for "mean_abs"). The model runs in eval mode (no
+    dropout, fixed batch statistics) and is left as it was: modes, gradients and requires_grad.
+
+    Raises DataError without batches or where no gradient arrives or one is not finite.
+    """
+    if aggregate not in ("sum", "mean_abs"):
+        raise ConfigError(f"aggregate={aggregate!r} does not exist{nearest(str(aggregate), ('sum', 'mean_abs'))}")
+    loss = loss or default_loss
+    total: dict[str, Tensor] = {}
+    batch_sum: dict[str, Tensor] = {}
+
+    def collect(name: str) -> Callable[[Tensor], None]:
+        def hook(param: Tensor) -> None:
+            grad, param.grad = param.grad, None
+            if grad is not None:
+                part = (grad.to_dense() if grad.is_sparse else grad).float().cpu()
+                batch_sum[name] = part + batch_sum[name] if name in batch_sum else part
+
+        return hook
+
+    training = {module: module.training for module in model.modules()}
+    required = {param: (param.requires_grad, param.grad) for param in model.parameters()}
+    wanted = {id(param) for target in targets for param in target.params}
+    for param in required:
+        param.requires_grad_(id(param) in wanted)
+        param.grad = None
+    handles = [p.register_post_accumulate_grad_hook(collect(t.name)) for t in targets for p in t.params]
+    count = 0
+    try:
+        model.eval()
+        for batch in batches:
+            with torch.enable_grad():
+                loss(model, batch).backward()
+            count += 1
+            for name, part in batch_sum.items():
+                part = part.abs_() if aggregate == "mean_abs" else part
+                total[name] = total[name].add_(part) if name in total else part
+            batch_sum.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in training.items():
+            module.training = mode
+        for param, (requires_grad, grad) in required.items():
+            param.requires_grad_(requires_grad)
+            param.grad = grad
+    if not count:
+        raise DataError("batches is empty; the choice by gradients needs 8 to 64 calibration batches")
+    if not total:
+        raise DataError(
+            "no chosen weight received a gradient from the calibration batches; check include= and the loss"
+        )
+    for name, value in total.items():
+        if not bool(torch.isfinite(value).all()):
+            raise DataError(f"the calibration gradient of '{name}' is not finite; check the batches and the loss")
+    return {
+        target.name: (total[target.name].abs_() / (count if aggregate == "mean_abs" else 1))
+        if target.name in total
+        else torch.zeros(target.weight.shape)
+        for target in targets
+    }
