@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 
 import pytest
 import torch
@@ -13,6 +14,19 @@ from torch import Tensor, nn
 def one_thread_and_a_seed() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def peak_bytes() -> Callable[[Callable[[], object]], int]:
+    """Runs an action and gives the peak of the bytes allocated and alive during it, counted by torch's allocator."""
+
+    def measure(action: Callable[[], object]) -> int:
+        with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            action()
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+    return measure
 
 
 class Zoo(nn.Module):

@@ -225,9 +225,10 @@ def gather(tensor: Tensor, index: Tensor) -> Tensor:
 
 def _gather_rows(tensor: Tensor, index: Tensor) -> Tensor:
     tensor = tensor.coalesce()
-    held, values = tensor.indices()[0], tensor.values().reshape(tensor.values().shape[0], -1)
+    held, values = tensor.indices()[0], tensor.values()
     if held.numel() == 0:
         return values.new_zeros(index.numel())
+    values = values.reshape(held.numel(), -1)
     row, column = index.long() // values.shape[1], index.long() % values.shape[1]
     at = torch.searchsorted(held, row).clamp_(max=held.numel() - 1)
     return torch.where(held[at] == row, values[at, column], 0)
