@@ -158,14 +158,13 @@ class Capture:
         self.spent = False
         self.handles: dict[str, list[RemovableHandle]] = {}
         for slot in self.slots:
+            for param in slot.params:
+                _refuse_a_second(slot.name, param)
+        for slot in self.slots:
             self.attach(slot)
 
     def attach(self, slot: Slot) -> None:
-        for param in slot.params:
-            if any(isinstance(hook, _Gather) for hook in (param._post_accumulate_grad_hooks or {}).values()):
-                raise ModelError(
-                    f"'{slot.name}' is already trained by another selective optimizer; call its close() first"
-                )
+        """Compute this weight's gradient and gather it."""
         for param in slot.params:
             param.requires_grad_(True)
             param.grad = None  # a dense gradient from before would be kept alive and counted
@@ -198,6 +197,11 @@ class _Gather:
         if grad is not None:
             self.capture.begin()
             self.slot.accumulate(grad)
+
+
+def _refuse_a_second(name: str, param: nn.Parameter) -> None:
+    if any(isinstance(hook, _Gather) for hook in (param._post_accumulate_grad_hooks or {}).values()):
+        raise ModelError(f"'{name}' is already trained by another selective optimizer; call its close() first")
 
 
 def release(handles: dict[str, list[RemovableHandle]], trainable: Iterable[nn.Parameter]) -> None:

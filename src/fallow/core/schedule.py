@@ -16,7 +16,7 @@ from fallow.core.errors import ConfigError
 
 
 class Schedule:
-    """Runs `action(step)` right after given steps.
+    """Tells when given steps are reached, and runs `action(step)` right after them where one is given.
 
     `at` lists steps (whole numbers from 1) or shares of the run (numbers between 0 and 1), which need `total`, the
     number of steps of the run: given here or later to `resolve`. `name` is the argument's name in error messages.
@@ -25,7 +25,7 @@ class Schedule:
     def __init__(
         self,
         at: Iterable[int | float] | int | float,
-        action: Callable[[int], None],
+        action: Callable[[int], None] | None = None,
         total: int | None = None,
         name: str = "at",
     ) -> None:
@@ -66,10 +66,10 @@ class Schedule:
             self._step_of(moment)
 
     def advance(self) -> bool:
-        """Count one step; run the action if it is due now and tell whether it ran."""
+        """Count one step; if this is one of those asked for, run the action and say so."""
         due = bool(self.at) and self.steps + 1 in self.due
         self.steps += 1
-        if due:
+        if due and self.action is not None:
             self.action(self.steps)
         return due
 
