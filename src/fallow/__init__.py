@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fallow.catalogue import Card, methods
     from fallow.core.errors import (
         AdapterError,
         ConfigError,
@@ -37,6 +38,7 @@ __all__ = [
     "AdapterError",
     "Adapters",
     "Callback",
+    "Card",
     "ConfigError",
     "DataError",
     "FallowError",
@@ -48,6 +50,7 @@ __all__ = [
     "SelectionError",
     "Selective",
     "SparseDelta",
+    "methods",
     "step",
 ]
 
@@ -55,6 +58,7 @@ _HOME = {
     "AdapterError": "fallow.core.errors",
     "Adapters": "fallow.core.sparse",
     "Callback": "fallow.core.trainer",
+    "Card": "fallow.catalogue",
     "ConfigError": "fallow.core.errors",
     "DataError": "fallow.core.errors",
     "FallowError": "fallow.core.errors",
@@ -67,6 +71,7 @@ _HOME = {
     "SelectionError": "fallow.core.errors",
     "Selective": "fallow.selection.selective",
     "SparseDelta": "fallow.core.sparse",
+    "methods": "fallow.catalogue",
     "step": "fallow.core.schedule",
 }
 
@@ -78,4 +83,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return sorted({*globals(), *__all__})

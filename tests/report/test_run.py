@@ -11,9 +11,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import change, make_run, picture
 from PIL import Image
 
+from conftest import change, make_run, picture
 from fallow.core.errors import DataError
 from fallow.report.run import block_of, kind_of, read_run, write_run_report
 
