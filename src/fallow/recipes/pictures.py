@@ -5,9 +5,9 @@
     batches = Batches(sizes, batch_size=4, seed=0)             # endless; all pictures of a batch have one size
     pixels = torch.stack([to_pixels(open_picture(pictures[i].path), sizes[i]) for i in next(batches)])
 
-Captions, the first that is there: a line of `metadata.jsonl` ({"file_name": ..., "text": ...}), a `.txt` file beside the
-picture, the one `prompt` for all. Everything is read once before any work begins, so that a picture that is cut off is
-found now and not after an hour.
+Captions, the first that is there: a line of `metadata.jsonl` ({"file_name": ..., "text": ...}), a `.txt` file beside
+the picture, the one `prompt` for all. Everything is read once before any work begins, so that a picture that is cut
+off is found now and not after an hour.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def fit(pictures: Sequence[Picture], resolution: int, multiple: int = 8, *, buck
         first = enlarged[0]
         warnings.warn(
             f"{len(enlarged)} of {len(pictures)} pictures are smaller than resolution={resolution} (such as "
-            f"{first.path.name}, {first.width}x{first.height}) and are enlarged, which teaches blur; lower the resolution",
+            f"{first.path.name}, {first.width}x{first.height}) and are enlarged, which teaches blur; lower it",
             stacklevel=2,
         )
     return sizes
@@ -235,7 +235,7 @@ def _nearest(ratio: float, shapes: Sequence[Size]) -> Size:
 
 
 def to_pixels(image: Image.Image, size: Size) -> Tensor:
-    """The picture resized until it covers `size` (width, height), its centre cut out: `(3, H, W)` float32 in [-1, 1]."""
+    """Resized until it covers `size` (width, height), then its centre: `(3, H, W)` float32 in [-1, 1]."""
     fitted = ImageOps.fit(image, size, Image.Resampling.LANCZOS) if image.size != size else image
     return torch.from_numpy(np.array(fitted, dtype=np.float32)).permute(2, 0, 1).div(127.5).sub(1).contiguous()
 
@@ -262,7 +262,7 @@ class Batches(Iterator[list[int]]):
             raise ConfigError("there is no picture to draw batches from; give one or more")
         by_size: dict[Size, list[int]] = {}
         for index, size in enumerate(sizes):
-            by_size.setdefault(tuple(size), []).append(index)
+            by_size.setdefault((size[0], size[1]), []).append(index)
         self.members = [by_size[size] for size in sorted(by_size)]
         self.batch_size, self.seed, self.pictures = batch_size, seed, len(sizes)
         self.step = 0

@@ -1,0 +1,252 @@
+"""Base models: loading one, putting adapters on it, drawing pictures with it.
+
+pipeline = load_pipeline("mini-sd")
+apply_adapters(pipeline, [("runs/sara-blueprint-1/adapter", 0.8)])
+pictures = generate(pipeline, ["a photo of a dress"], seeds=[0], steps=25, guidance=3.0)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from fallow import assets
+from fallow.core.errors import ConfigError, ModelError
+from fallow.recipes import adapter_files
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of text-to-image model: its name for people, the part that is trained, and whether Fallow trains it yet.
+
+    What else differs between families (how prompts become embeddings, what the network is asked to predict) is the
+    recipe's to know; a family is `ready` when the recipe does.
+    """
+
+    title: str
+    network: str
+    ready: bool = False
+
+
+# diffusers' pipeline class -> family
+FAMILIES = {
+    "StableDiffusionPipeline": Family("Stable Diffusion 1.x/2.x", "unet", ready=True),
+    "StableDiffusionXLPipeline": Family("Stable Diffusion XL", "unet"),
+    "StableDiffusion3Pipeline": Family("Stable Diffusion 3", "transformer"),
+    "FluxPipeline": Family("FLUX", "transformer"),
+}
+# a tensor by which the single file of a family is known; the first that is in it
+CHECKPOINTS = {
+    "conditioner.embedders.1.model.ln_final.weight": "StableDiffusionXLPipeline",
+    "model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight": "StableDiffusion3Pipeline",
+    "double_blocks.0.img_attn.qkv.weight": "FluxPipeline",
+    "model.diffusion_model.double_blocks.0.img_attn.qkv.weight": "FluxPipeline",
+    "model.diffusion_model.input_blocks.0.0.weight": "StableDiffusionPipeline",
+}
+WHAT_TO_GIVE = "give 'mini-sd', a pipeline directory as diffusers saves it, a .safetensors checkpoint, or a hub id"
+
+
+def best_device() -> str:
+    """`cuda`, else `mps`, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def chosen_device(device: str | None) -> torch.device:
+    """The device of that name, or the best there is. ConfigError where this machine has none such."""
+    try:
+        found = torch.device(device or best_device())
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"device={device} does not work here ({reason}); give {best_device()}, or none") from None
+    return found
+
+
+def load_pipeline(model: str, device: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
+    """A diffusers StableDiffusionPipeline in `dtype` on `device` (the best there is), ready to draw.
+
+    `model`: `mini-sd`, a pipeline directory, a `.safetensors` checkpoint, or a hub id. Without safety checker and
+    progress bars, in eval mode. Weights are read from safetensors only. Raises ModelError or ConfigError.
+    """
+    place = chosen_device(device)
+    source = assets.MINI_SD if model == "mini-sd" else Path(model).expanduser()
+    if source.is_file():
+        pipeline = _from_file(source)
+    elif source.is_dir():
+        pipeline = _from_directory(model, source)
+    elif model == "mini-sd":
+        raise ModelError(f"mini-sd is not in {source}; the installation is incomplete: install Fallow again")
+    elif model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        pipeline = _from_hub(model)
+    else:
+        raise ModelError(f"model {model} does not exist; {WHAT_TO_GIVE}")
+    pipeline.set_progress_bar_config(disable=True)
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.eval()
+    return pipeline.to(place, dtype)
+
+
+def _from_directory(model: str, folder: Path) -> Any:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ModelError(f"model {model} is no pipeline: {folder} has no model_index.json; {WHAT_TO_GIVE}")
+    try:
+        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{index} cannot be read ({error}); copy the model again") from None
+    _ready(model, kind)
+    try:
+        return _pipeline_class().from_pretrained(folder, **_how(folder), local_files_only=True)
+    except _UNLOADABLE as error:
+        raise ModelError(
+            f"model {model} cannot be loaded ({_first_line(error)}); a file is missing or cut off: copy it again"
+        ) from None
+
+
+def _from_hub(model: str) -> Any:
+    from diffusers import DiffusionPipeline
+
+    try:
+        kind = DiffusionPipeline.load_config(model).get("_class_name", "")
+        _ready(model, kind)
+        return _pipeline_class().from_pretrained(model, **_how(None))
+    except ModelError:
+        raise
+    except _UNLOADABLE as error:
+        raise ModelError(
+            f"model {model} is no folder here, and cannot be fetched from the hub ({_first_line(error)}); check the "
+            f"name and the connection, or {WHAT_TO_GIVE}"
+        ) from None
+
+
+def _from_file(file: Path) -> Any:
+    if file.suffix != ".safetensors":
+        raise ModelError(f"model {file} is no .safetensors file, and other checkpoints can run code; convert it first")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            names = set(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"model {file} cannot be read ({error}); it may have been cut off: copy it again") from None
+    kind = next((kind for name, kind in CHECKPOINTS.items() if name in names), None)
+    if kind is None:
+        first = f" (its first tensor is {min(names)})" if names else ""
+        raise ModelError(f"model {file} is no checkpoint of a whole model{first}; an adapter is given as --adapter")
+    _ready(str(file), kind)
+    try:
+        return _pipeline_class().from_single_file(str(file), safety_checker=None, requires_safety_checker=False)
+    except _UNLOADABLE as error:
+        raise ModelError(
+            f"model {file} cannot be loaded ({_first_line(error)}); a single file has no tokenizer and configuration, "
+            "which diffusers fetches from the hub: without a connection give a pipeline directory"
+        ) from None
+
+
+# What diffusers, transformers and huggingface_hub raise for files that are missing, broken or out of reach.
+_UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _pipeline_class() -> Any:
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline
+
+
+def _ready(model: str, kind: str) -> None:
+    """ModelError unless the pipeline class is of a family that Fallow trains."""
+    family = FAMILIES.get(kind)
+    known = ", ".join(one.title for one in FAMILIES.values() if one.ready)
+    if family is None:
+        raise ModelError(f"model {model} is a {kind or 'pipeline without a class'}; Fallow works with {known}")
+    if not family.ready:
+        raise ModelError(f"model {model} is {family.title}, which comes later; Fallow works with {known}")
+
+
+def _how(folder: Path | None) -> dict[str, Any]:
+    """Arguments of from_pretrained; of a directory that holds half-precision files alone, those."""
+    how: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "use_safetensors": True}
+    weights = [file.name for file in (folder / "unet").glob("*.safetensors")] if folder is not None else []
+    if weights and all(".fp16." in name for name in weights):
+        how["variant"] = "fp16"
+    return how
+
+
+def apply_adapters(pipeline: Any, adapters: Sequence[tuple[str | Path, float]], *, force: bool = False) -> None:
+    """Put adapters of any kinds on the pipeline's network: base + the sum of scale x change. In place.
+
+    All are checked before any weight is touched. Raises AdapterError for one that is broken or fits nothing, or was
+    trained on another base unless `force`.
+    """
+    adapter_files.apply_together(trained_part(pipeline), adapters, force=force)
+
+
+def trained_part(pipeline: Any) -> nn.Module:
+    """The denoising network of a pipeline."""
+    family = FAMILIES.get(type(pipeline).__name__)
+    part: nn.Module = getattr(pipeline, family.network if family else "unet")
+    return part
+
+
+def generate(
+    pipeline: Any,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    steps: int = 25,
+    guidance: float = 3.0,
+    negative: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+) -> list[Image.Image]:
+    """A picture for each prompt, from the noise of the seed beside it: whatever else is in the batch, it is the same.
+
+    (To the last bit of a pixel only if the matrix products of this machine do not depend on the batch.) The noise is
+    drawn on the CPU, so that a seed means the same on every device; the global random state is not touched; parts
+    that were in training mode are again afterwards. `guidance` 1 is none. `width`, `height` in pixels; None is the
+    model's own. Raises ConfigError for sides that the autoencoder cannot make, or seeds that do not match the prompts.
+    """
+    if len(seeds) != len(prompts):
+        raise ConfigError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one for each")
+    factor = pipeline.vae_scale_factor
+    for name, side in (("width", width), ("height", height)):
+        if side is not None and (side < factor or side % factor):
+            below = max(factor, side // factor * factor)
+            raise ConfigError(f"{name}={side} is not a multiple of {factor}; give {below} or {below + factor}")
+    if not prompts:
+        return []
+    noise = [torch.Generator("cpu").manual_seed(seed % 2**63) for seed in seeds]
+    with drawing_mode(pipeline), torch.no_grad():
+        drawn = pipeline(
+            list(prompts), negative_prompt=None if negative is None else [negative] * len(prompts),
+            num_inference_steps=steps, guidance_scale=guidance, width=width, height=height, generator=noise,
+        )  # fmt: skip
+    images: list[Image.Image] = drawn.images
+    return images
+
+
+@contextlib.contextmanager
+def drawing_mode(pipeline: Any) -> Iterator[None]:
+    """Within the block every part of the pipeline is in eval mode; afterwards each module is as it was."""
+    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    training = [module for part in parts for module in part.modules() if module.training]
+    for part in parts:
+        part.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
