@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -136,8 +137,11 @@ class ModelJudge:
     def _features(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
         rgb = [picture.convert("RGB") for picture in pictures]
         if self.inception is not None:
-            pixels = to_tensor(rgb, 299).mul(255).round().byte().to(self.device)
-            return self.inception(pixels).flatten(1).float().cpu()
+            # in its own size: FID's resizing is part of the network. Pictures of several sizes go one by one
+            pixels = [torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(self.device) for picture in rgb]
+            same = len({p.shape for p in pixels}) == 1
+            parts = [torch.stack(pixels)] if same else [p[None] for p in pixels]
+            return torch.cat([self.inception(part).flatten(1).float().cpu() for part in parts])
         if self.vision is not None:
             inputs = self.vision_pictures(images=rgb, return_tensors="pt").to(self.device)
             output = self.vision(**inputs)

@@ -73,8 +73,7 @@ class Slot:
     @torch.no_grad()
     def write(self, values: Tensor, index: Tensor | None = None) -> None:
         """Put values (rounded to the weight's dtype) into the weight at `index`, by default all of the slot's."""
-        flat, positions = _flat(self.weight, self.index if index is None else index)
-        flat.index_copy_(0, positions.long(), values.to(flat.dtype))
+        scatter(self.weight, self.index if index is None else index, values)
         self._seen = self._versions()
 
     def values(self) -> Tensor:
@@ -134,10 +133,10 @@ class Slot:
         self.proxy.grad = None if grad is None else grad.index_select(0, kept)
 
     def adopt(self, index: Tensor, base: Tensor, live: Tensor | None, master: Tensor, selected: int) -> None:
-        """Take over entries, first values, trained positions and master values, e.g. from a checkpoint."""
+        """Take over entries, first values, trained positions and master values, e.g. from a checkpoint; copies them."""
         device = self.weight.device
-        self.index, self.base = index.to(device), base.to(device, self.weight.dtype)
-        self.live = None if live is None else live.to(device)
+        self.index, self.base = index.to(device, copy=True), base.to(device, self.weight.dtype, copy=True)
+        self.live = None if live is None else live.to(device, copy=True)
         self.selected = selected
         self.proxy.grad = None
         self.proxy.data = master.to(device, self.precision, copy=True)
@@ -225,6 +224,13 @@ def gather(tensor: Tensor, index: Tensor) -> Tensor:
         return _gather_rows(tensor, index) if tensor.sparse_dim() == 1 else gather(tensor.to_dense(), index)
     flat, positions = _flat(tensor, index)
     return flat.index_select(0, positions)
+
+
+@torch.no_grad()
+def scatter(tensor: Tensor, index: Tensor, values: Tensor) -> None:
+    """Write values (k,), rounded to the tensor's dtype, to flat row-major indices of a dense tensor of any layout."""
+    flat, positions = _flat(tensor, index)
+    flat.index_copy_(0, positions.long(), values.to(flat.dtype))
 
 
 def _gather_rows(tensor: Tensor, index: Tensor) -> Tensor:

@@ -34,6 +34,10 @@ class AdapterError(FallowError):
     """An adapter file that is broken, or belongs to another base."""
 
 
+class TrainingError(FallowError):
+    """A run that cannot go on, such as one whose loss is no number any more; its checkpoints are kept."""
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the closest of the allowed names, or the whole list when none is close."""
     allowed = list(allowed)

@@ -1,0 +1,443 @@
+"""Selective: train some entries of the existing weights, in place, as a drop-in torch optimizer.
+
+    optimizer = Selective(model, smallest, fraction=0.05, lr=5e-4)      # any model, any training loop
+
+Every selective method is this class with a selector (which entries) and options:
+
+    select     index = selector(weights, amount)                 sorted flat indices, once
+    backward   g += (dL/dW).flat[index];  drop dL/dW             one dense gradient alive at a time
+    step       g += penalty;  v = AdamW(v, g);  W.flat[index] = round(v)
+    reselect   keep only entries with |v| < threshold            at given steps, inside the first choice
+
+v is a compact float32 copy (the proxy) of the k chosen entries, so training costs 4 bytes each for index, value, first
+value, gradient and two moments: about 24 k bytes, whatever the size of the model. Everything else is frozen bit for
+bit. Source: the engine that SaRA (arXiv 2409.06633) and SHiRA (arXiv 2406.13175) describe, with fp32 masters for the
+chosen entries of low-precision weights, without which steps below 2^-9 |w| would vanish in bfloat16.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fallow.core.compact import Capture, Form, Slot, gather, release
+from fallow.core.errors import AdapterError, ConfigError
+from fallow.core.files import fingerprint
+from fallow.core.schedule import Schedule
+from fallow.core.select import Amount, Patterns, Selection, Selector, Target, checked, eligible
+from fallow.core.sparse import Entry, SparseDelta
+
+Groups = list[dict[str, Any]]
+Rule = Callable[[Groups], torch.optim.Optimizer]
+STATE_VERSION = 1
+
+
+class Penalty(Protocol):
+    """A term that is added to the compact gradients inside the step, such as the nuclear norm."""
+
+    def check(self, slots: Sequence[Slot]) -> None: ...
+    def add(self, slots: Sequence[Slot]) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Selective(torch.optim.Optimizer):
+    """Trains the entries of `model` that `selector` chooses; see the module's text for the method.
+
+    Amount, exactly one: `threshold` | `fraction` | `budget` over the whole model, `density` | `r` within each layer.
+    `include`, `exclude`: regular expressions on parameter names; `keep`: further condition on a Target.
+    `lr`: a number, or a function of the Selection. `betas`, `eps`, `weight_decay`: AdamW's, on the chosen entries only
+    (in the form "value" decay pulls them towards 0, in the form "delta" towards their first values).
+    `rule`: another torch optimizer over the proxies, e.g. `lambda groups: torch.optim.SGD(groups, momentum=0.9)`.
+    `penalty`: a term added to the gradients after clipping. `reselect_at`: steps, or shares of `total_steps`, after
+    which only entries still under the threshold stay in training; moments are kept unless `reset_state`.
+    `metadata`: what else the adapter's file says, e.g. the method's name; plain JSON values.
+
+    Frozen parameters stay frozen; every other parameter that is not chosen stops requiring a gradient until `close()`.
+    Move the model to its device and dtype first. Raises SelectionError, ModelError or ConfigError before touching it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        selector: Selector,
+        *,
+        lr: float | Callable[[Selection], float] = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        threshold: float | None = None,
+        fraction: float | None = None,
+        budget: int | None = None,
+        density: float | None = None,
+        r: int | None = None,
+        include: Patterns = None,
+        exclude: Patterns = None,
+        keep: Callable[[Target], bool] | None = None,
+        form: Form = "value",
+        rule: Rule | None = None,
+        penalty: Penalty | None = None,
+        reselect_at: Iterable[int | float] | int | float = (),
+        total_steps: int | None = None,
+        reset_state: bool = False,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        amount = Amount(threshold, fraction, budget, density, r)
+        self.schedule = Schedule(reselect_at, total=total_steps, name="reselect_at")
+        model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper prefixes every name; files must not
+        targets = eligible(model, include, exclude, keep=keep)
+        selection = checked(selector(targets, amount), targets, amount)
+        if self.schedule.at and selection.threshold is None:
+            raise ConfigError(f"reselect_at={self.schedule.at} needs one threshold for the model; {amount} gives none")
+        rate = lr(selection) if callable(lr) else lr
+        if not 0 <= rate < float("inf"):
+            raise ConfigError(f"lr={rate} must be a number >= 0")
+        self.model, self.penalty, self.reset_state, self.form = model, penalty, reset_state, form
+        self.threshold, self.events = selection.threshold, list[dict[str, Any]]()
+        self.total_parameters = sum(target.numel for target in targets)
+        self._numel = {target.name: target.numel for target in targets}
+        self.slots = {
+            target.name: Slot(target, selection.index[target.name], form)
+            for target in targets
+            if target.name in selection.index and selection.index[target.name].numel()
+        }
+        self._grouped = list(self.slots)  # the slots behind the proxies of param_groups, in order
+        self._shelf: dict[str, Tensor] | None = None  # the trained values, while the model shows others
+        self._scale = 1.0
+        self._prints: dict[str, str] = {}
+        if penalty is not None:
+            penalty.check(list(self.slots.values()))
+        self.rule = self._make_rule(rule, {"lr": rate, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(self.rule.param_groups, self.rule.defaults)
+        self._follow_rule()
+        self.metadata = {
+            "method": "selective", "threshold": self.threshold, "fraction": fraction, "budget": budget, "density":
+            density, "r": r, "include": _listed(include), "exclude": _listed(exclude), "reselect_at": self.schedule.at,
+            **(metadata or {}),
+        }  # fmt: skip
+        trainable = [param for param in model.parameters() if param.requires_grad]
+        self.capture = Capture(list(self.slots.values()))
+        chosen = {id(param) for slot in self.slots.values() for param in slot.params}
+        for param in trainable:
+            if id(param) not in chosen:
+                param.requires_grad_(False)
+        # Also where the optimizer is dropped without close(): a model with stray hooks would lose its gradients.
+        self._finalizer = weakref.finalize(self, release, self.capture.handles, trainable)
+        self._finalizer.atexit = False
+
+    # -- what is trained ----------------------------------------------------------------------------------------------
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The compact proxies, one per weight: for `clip_grad_norm_`, and what `param_groups` hold."""
+        return [self.slots[name].proxy for name in self._grouped]
+
+    @property
+    def trained_parameters(self) -> int:
+        """The number of entries chosen at first."""
+        return sum(slot.selected for slot in self.slots.values())
+
+    @property
+    def live_parameters(self) -> int:
+        """The number of entries in training now; fewer than chosen after a re-selection."""
+        return sum(proxy.numel() for proxy in self.trainable())
+
+    def selected(self) -> dict[str, tuple[int, int]]:
+        """{name: (entries chosen at first, entries)} of every eligible weight, in model order."""
+        return {name: (self.slots[name].selected if name in self.slots else 0, n) for name, n in self._numel.items()}
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of the chosen entries; weights without a gradient are skipped, as AdamW does."""
+        if not self._finalizer.alive:
+            raise ConfigError("this optimizer was closed; make a new one to train on")
+        if self._shelf is not None:
+            raise ConfigError(
+                f"the model shows the adapter at scale {self._scale}; call set_scale(1.0) before training on"
+            )
+        self.schedule.check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._refresh()
+        if self.penalty is not None:
+            self.penalty.add([self.slots[name] for name in self._grouped])
+        moving = [self.slots[name] for name in self._grouped if self.slots[name].proxy.grad is not None]
+        self.rule.step()
+        for slot in moving:
+            slot.store()
+        self.capture.spent = True
+        if self.schedule.advance():
+            self.reselect()
+        return loss
+
+    def write(self) -> None:
+        """Put the proxies' values into the weights, after something other than `step()` set them, e.g. an EMA."""
+        for name in self._grouped:
+            self.slots[name].store()
+
+    @torch.no_grad()
+    def reselect(self) -> None:
+        """Keep in training only entries whose magnitude is still below the threshold; the others stay where they are.
+
+        Happens by itself at `reselect_at`.
+        """
+        if self.threshold is None:
+            raise ConfigError("nothing to re-select by: the choice was not made by one threshold for the model")
+        step, of, bound = self.schedule.steps, self.live_parameters, self.threshold
+        kept = {name: (self.slots[name].values().abs() < bound).nonzero().view(-1) for name in self._grouped}
+        left = sum(index.numel() for index in kept.values())
+        self.events.append({"event": "reselect", "step": step, "kept": left, "of": of})
+        if left == 0:  # freezing everything would end the run with an error of autograd's; train on instead
+            self.events[-1] |= {"kept": of, "note": "no entry is below the threshold; all stay in training"}
+            return
+        for name, index in kept.items():
+            slot, size = self.slots[name], self.slots[name].proxy.numel()
+            slot.narrow(index.to(torch.int32) if size < 2**31 else index)
+            state = self.state.get(slot.proxy, {})
+            if self.reset_state:
+                self.state.pop(slot.proxy, None)
+            else:
+                state.update({key: value[index] for key, value in state.items() if _per_entry(value, size)})
+            if index.numel() == 0 and name in self.capture.handles:
+                self.capture.detach(slot)
+
+    # -- the adapter in the model -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def set_scale(self, scale: float) -> None:
+        """Show the model as base + scale * change: 0 is the base bit for bit, 1 the trained weights bit for bit."""
+        if not abs(scale) < float("inf"):
+            raise ConfigError(f"scale={scale} must be a finite number; 0 is the base, 1 the trained weights")
+        if scale == 1 and self._shelf is None:
+            return
+        self._refresh()
+        shelf = self._shelf or {name: slot.read() for name, slot in self.slots.items()}
+        for name, slot in self.slots.items():
+            if scale == 1:
+                slot.write(shelf[name])
+            elif scale == 0:
+                slot.write(slot.base)
+            else:
+                slot.write(slot.base.to(slot.precision) + scale * self._moved(slot, shelf[name]))
+        self._scale, self._shelf = float(scale), None if scale == 1 else shelf
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the block the model is the base, bit for bit."""
+        scale = self._scale
+        self.set_scale(0.0)
+        try:
+            yield
+        finally:
+            self.set_scale(scale)
+
+    def delta(self, store: Literal["delta", "value"] = "delta", **metadata: Any) -> SparseDelta:
+        """What training changed, as a sparse adapter: float32 changes, or the exact values in the weights' dtype."""
+        if store not in ("delta", "value"):
+            raise ConfigError(f"store={store!r} must be 'delta' (scales and merges) or 'value' (bit-exact)")
+        self._refresh()
+        self._fingerprint()
+        entries = {}
+        for name, slot in self.slots.items():
+            present = self._present(slot)
+            entries[name] = Entry(
+                index=slot.index.clone(),
+                values=present if store == "value" else self._moved(slot, present),
+                shape=tuple(slot.weight.shape),
+                dtype=str(slot.weight.dtype).removeprefix("torch."),
+                fingerprint=self._prints[name],
+            )
+        return SparseDelta(entries, store, self.metadata | metadata)
+
+    def save(self, path: str | PathLike[str], store: Literal["delta", "value"] = "delta", **metadata: Any) -> Path:
+        """Write the adapter: `*.safetensors` gives one file, any other path an adapter directory."""
+        return self.delta(store, **metadata).save(Path(path))
+
+    def load(self, path: str | PathLike[str], scale: float = 1.0, force: bool = False) -> None:
+        """Put a saved adapter in place of what was trained, shown at `scale` (0 to 2; more scale, more of the adapter).
+
+        Entries of the file that this optimizer does not train are applied too and stay as they are. AdamW's moments
+        start anew. Raises AdapterError where the file is broken or belongs to another base, unless forced.
+        """
+        adapter = SparseDelta.load(Path(path))
+        with self.disabled():
+            adapter.check(self.model, force)
+            plan = list(self._plan(adapter))
+            self._shelf, self._scale = None, 1.0
+            for slot, index, base, values, live in plan:
+                change = values - base.to(slot.precision) if slot.form == "delta" else values
+                slot.adopt(index, base, live, change.index_select(0, live), slot.selected)
+                slot.write(values)
+                self.slots.setdefault(slot.name, slot)
+        self.state.clear()
+        self.set_scale(scale)
+
+    def _plan(self, adapter: SparseDelta) -> Iterator[tuple[Slot, Tensor, Tensor, Tensor, Tensor]]:
+        """(slot, index, base, values, live) of every weight after loading; read while the model shows the base."""
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        canonical = {id(param): name for name, slot in self.slots.items() for param in slot.params}
+        entries = {canonical.get(id(named[name]), name): entry for name, entry in adapter.entries.items()}
+        for name in dict.fromkeys((*self.slots, *entries)):
+            slot = self.slots.get(name) or _untrained(name, named[name], self.form)
+            trained, device = slot.trained, slot.weight.device
+            added = entries[name].index.to(device, trained.dtype) if name in entries else trained[:0]
+            index = torch.cat([slot.index, added]).unique()
+            base = gather(slot.weight, index)
+            values = base.to(slot.precision, copy=True)  # base itself must stay
+            if name in entries:
+                change = entries[name].values.to(device, slot.precision)
+                at = torch.searchsorted(index, added)
+                values[at] = change if adapter.store == "value" else values[at] + change
+            yield slot, index, base, values, torch.searchsorted(index, trained, out_int32=True)
+
+    # -- resuming -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs besides the base model: plain tensors and numbers, safe for `weights_only`."""
+        self._refresh()
+        tensors = {}
+        for name, slot in self.slots.items():
+            exact = slot.form == "value" and slot.precision == slot.weight.dtype
+            tensors[name] = {
+                "shape": list(slot.weight.shape),
+                "index": slot.index,
+                "base": slot.base,
+                "live": slot.live,
+                "selected": slot.selected,
+                "weight": self._present(slot),
+                "master": None if exact else slot.proxy.detach(),
+            }
+        own = {
+            "version": STATE_VERSION,
+            "form": self.form,
+            "tensors": tensors,
+            "grouped": list(self._grouped),
+            "threshold": self.threshold,
+            "steps": self.schedule.steps,
+            "total_steps": self.schedule.total,
+            "events": [dict(event) for event in self.events],
+            "penalty": self.penalty.state_dict() if self.penalty is not None else None,
+        }
+        return {**self.rule.state_dict(), "selective": own}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue bit for bit, re-selections included: the chosen entries and their values are the file's.
+
+        Raises AdapterError when the state is not a selective optimizer's or belongs to another model.
+        """
+        own = state_dict.get("selective")
+        if not isinstance(own, Mapping) or own.get("version") != STATE_VERSION:
+            raise AdapterError(
+                f"this is no state of a selective optimizer (version {STATE_VERSION}); its own state_dict() is needed"
+            )
+        if own["form"] != self.form:
+            raise AdapterError(f"the state holds entries in the form {own['form']!r}, this optimizer in {self.form!r}")
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        for name, held in own["tensors"].items():
+            if name not in named or list(named[name].shape) != held["shape"]:
+                raise AdapterError(f"the state trains '{name}' {held['shape']}, which this model lacks")
+        self.set_scale(0.0)
+        self._shelf, self._scale = None, 1.0
+        for slot in self.slots.values():
+            if slot.name in self.capture.handles:
+                self.capture.detach(slot)
+        slots = {name: self.slots.get(name) or _untrained(name, named[name], self.form) for name in own["tensors"]}
+        for name, slot in slots.items():
+            held = own["tensors"][name]
+            live, weight, master = held["live"], held["weight"], held["master"]
+            if master is None:
+                master = weight if live is None else weight.index_select(0, live)
+            slot.adopt(held["index"], held["base"], live, master, held["selected"])
+            slot.write(weight.to(slot.weight.device))
+        self.slots, self._grouped = slots, list(own["grouped"])
+        for name in self._grouped:
+            if slots[name].proxy.numel():
+                self.capture.attach(slots[name])
+        self.capture.slots, self.capture.spent = list(slots.values()), False
+        self.rule.param_groups[0]["params"] = self.trainable()
+        # A copy: torch would take over the very tensors and change them in the next step.
+        self.rule.load_state_dict(copy.deepcopy({key: state_dict[key] for key in ("state", "param_groups")}))
+        self._follow_rule()
+        self.threshold, self.events = own["threshold"], [dict(event) for event in own["events"]]
+        self.metadata["threshold"] = self.threshold
+        self.schedule.steps, self.schedule.total = own["steps"], own["total_steps"] or self.schedule.total
+        if self.penalty is not None and own["penalty"] is not None:
+            self.penalty.load_state_dict(own["penalty"])
+
+    def close(self) -> None:
+        """Remove the hooks and let the model's parameters require gradients as before; the trained weights stay."""
+        self._finalizer()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only for torch's own constructor: what is trained is chosen once, from the model."""
+        if "_finalizer" in self.__dict__:
+            raise ConfigError(
+                "a selective optimizer takes no further groups; give other parameters to an optimizer of their own"
+            )
+        super().add_param_group(param_group)
+
+    # -- parts --------------------------------------------------------------------------------------------------------
+
+    def _make_rule(self, rule: Rule | None, options: dict[str, Any]) -> torch.optim.Optimizer:
+        proxies = self.trainable()
+        if rule is not None:
+            return rule([{"params": proxies, "lr": options["lr"], "weight_decay": options["weight_decay"]}])
+        fused = all(proxy.device.type in ("cpu", "cuda", "xpu", "mps") for proxy in proxies)
+        try:  # one fused kernel over all proxies where the device has it, else torch's own choice
+            return torch.optim.AdamW(proxies, **options, fused=fused or None)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"AdamW refuses its options: {error}") from error
+
+    def _follow_rule(self) -> None:
+        """Groups and moments are the rule's own, so schedulers that change ours change the rule's."""
+        self.param_groups, self.state = self.rule.param_groups, self.rule.state
+
+    def _refresh(self) -> None:
+        """Follow what others wrote into the weights, unless the model shows another scale."""
+        if self._shelf is None:
+            for slot in self.slots.values():
+                slot.refresh()
+
+    def _present(self, slot: Slot) -> Tensor:
+        """(n,) the trained values in the weight's dtype, whatever the model shows at the moment."""
+        return slot.read() if self._shelf is None else self._shelf[slot.name]
+
+    def _moved(self, slot: Slot, present: Tensor) -> Tensor:
+        """(n,) what training added to the first values, from the masters where there are some."""
+        moved = present.to(slot.precision) - slot.base.to(slot.precision)
+        change = slot.values() - slot.base_of_trained() if slot.form == "value" else slot.proxy.detach().clone()
+        if slot.live is None:
+            return change
+        return moved.index_copy_(0, slot.live.long(), change)
+
+    def _fingerprint(self) -> None:
+        if missing := [name for name in self.slots if name not in self._prints]:
+            with self.disabled():
+                self._prints |= {name: fingerprint(self.slots[name].weight.detach()) for name in missing}
+
+
+def _untrained(name: str, param: nn.Parameter, form: Form) -> Slot:
+    empty = torch.zeros(0, dtype=torch.int32 if param.numel() < 2**31 else torch.int64, device=param.device)
+    slot = Slot(Target((name,), (param,), ()), empty, form)
+    slot.live = empty.to(torch.int32)
+    return slot
+
+
+def _per_entry(value: Any, size: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size
+
+
+def _listed(patterns: Patterns) -> list[str] | None:
+    return None if patterns is None else [patterns] if isinstance(patterns, str) else list(patterns)
