@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 SIDE = 32  # pixels; latents are 4x8x8
 TOKENS = 16  # of a prompt, begin and end included
@@ -51,7 +53,8 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )  # fmt: skip
         unet = UNet2DConditionModel(
             sample_size=SIDE // 4, block_out_channels=(16, 32), layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
             cross_attention_dim=16, attention_head_dim=4, norm_num_groups=8,
         )  # fmt: skip
     scheduler = DDIMScheduler(
@@ -62,4 +65,18 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of six 32x32 pictures of noise with captions in a metadata.jsonl, two to a caption."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    lines = []
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"a bag {number // 2}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder

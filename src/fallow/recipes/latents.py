@@ -1,0 +1,149 @@
+"""Pictures and captions as the network sees them, encoded once: latents and text embeddings, kept in main memory.
+
+The autoencoder gives a distribution for each picture, of which mean and deviation are kept: each time a picture is
+used its latents are drawn anew, as they would be without the cache. Mirrored pictures are encoded on their own, since
+the autoencoder is not symmetric.
+
+This is the seam for other model families: it alone knows how a pipeline encodes pictures and text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import ImageOps
+from torch import Tensor
+
+from fallow.recipes.noise import Draw, draw
+from fallow.recipes.pictures import Batches, Picture, Size, open_picture, to_pixels
+
+AT_ONCE = 16  # pictures or captions encoded together
+
+
+@dataclass
+class Batch:
+    """What the loss needs; latents (B, C, h, w) and text (B, tokens, width) on the network's device."""
+
+    latents: Tensor
+    text: Tensor
+    drawn: Draw
+
+    def parts(self, size: int) -> Iterator[Batch]:
+        """The batch in pieces of so many pictures, the last one perhaps smaller: for accumulation."""
+        for begin in range(0, len(self.latents), size):
+            end = begin + size
+            yield Batch(self.latents[begin:end], self.text[begin:end], self.drawn.part(begin, end))
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+class Examples:
+    """Encoded pictures and captions, from which batches are drawn.
+
+    means[m][i], deviations[m][i] (C, h, w): of picture i, mirrored where m is 1. `embeddings` (1 + captions, tokens,
+    width): the empty caption, then the others; picture i has number `caption_of[i]`.
+    """
+
+    def __init__(self, pipeline: Any, pictures: Sequence[Picture], sizes: Sequence[Size], *, flip: bool) -> None:
+        self.device = pipeline.unet.device
+        self.scale = float(pipeline.vae.config.scaling_factor)
+        self.shift = float(getattr(pipeline.vae.config, "shift_factor", None) or 0.0)
+        self.steps = int(pipeline.scheduler.config.num_train_timesteps)
+        encoded = [
+            encode_pictures(pipeline, pictures, sizes, mirrored) for mirrored in ((False, True) if flip else (False,))
+        ]
+        self.means, self.deviations = [means for means, _ in encoded], [deviations for _, deviations in encoded]
+        captions = list(dict.fromkeys(["", *(picture.caption for picture in pictures)]))
+        self.embeddings = encode_captions(pipeline, captions)
+        number = {caption: at for at, caption in enumerate(captions)}
+        self.caption_of = [number[picture.caption] for picture in pictures]
+
+    def batch(
+        self,
+        indices: Sequence[int],
+        generator: torch.Generator,
+        *,
+        caption_dropout: float = 0.0,
+        noise_offset: float = 0.0,
+    ) -> Batch:
+        """Latents, captions, noise and timesteps of these pictures; `generator` (on the CPU) decides all chance."""
+        count = len(indices)
+        mirrored = torch.randint(0, len(self.means), (count,), generator=generator).tolist()
+        mean = torch.stack([self.means[m][i] for m, i in zip(mirrored, indices, strict=True)])
+        deviation = torch.stack([self.deviations[m][i] for m, i in zip(mirrored, indices, strict=True)])
+        latents = mean + deviation * torch.randn(mean.shape, generator=generator)
+        latents = (latents - self.shift) * self.scale
+        dropped = (torch.rand(count, generator=generator) < caption_dropout).tolist()
+        captions = [0 if drop else self.caption_of[i] for drop, i in zip(dropped, indices, strict=True)]
+        return Batch(
+            latents.to(self.device),
+            self.embeddings[captions].to(self.device),
+            draw(mean.shape, self.steps, noise_offset, generator, self.device),
+        )
+
+
+@torch.no_grad()
+def encode_pictures(
+    pipeline: Any, pictures: Sequence[Picture], sizes: Sequence[Size], mirrored: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Mean and deviation (C, h, w) of each picture's latents, float32 on the CPU, before scaling."""
+    means: list[Tensor] = [torch.empty(0)] * len(pictures)
+    deviations = list(means)
+    by_size: dict[Size, list[int]] = {}
+    for at, size in enumerate(sizes):
+        by_size.setdefault(size, []).append(at)
+    for size, members in by_size.items():
+        for begin in range(0, len(members), AT_ONCE):
+            some = members[begin : begin + AT_ONCE]
+            images = [open_picture(pictures[at].path) for at in some]
+            pixels = torch.stack([to_pixels(ImageOps.mirror(i) if mirrored else i, size) for i in images])
+            found = pipeline.vae.encode(pixels.to(pipeline.vae.device, pipeline.vae.dtype)).latent_dist
+            for at, mean, deviation in zip(some, found.mean.float().cpu(), found.std.float().cpu(), strict=True):
+                means[at], deviations[at] = mean.clone(), deviation.clone()
+    return means, deviations
+
+
+@torch.no_grad()
+def encode_captions(pipeline: Any, captions: Sequence[str]) -> Tensor:
+    """(captions, tokens, width) float32 on the CPU."""
+    found = []
+    for begin in range(0, len(captions), AT_ONCE):
+        some = list(captions[begin : begin + AT_ONCE])
+        embedded, _ = pipeline.encode_prompt(some, pipeline.unet.device, 1, False)
+        found.append(embedded.float().cpu())
+    return torch.cat(found)
+
+
+def seeded(*parts: Any) -> torch.Generator:
+    """A generator on the CPU for a purpose, by seed and step: a resumed run draws what the whole run drew."""
+    return torch.Generator().manual_seed(seed_of(*parts))
+
+
+def seed_of(*parts: Any) -> int:
+    """A seed for a purpose: 63 bits of the hash of the parts."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class CalibrationBatches:
+    """So many batches that can be walked again and again, always the same: for methods that look before they choose."""
+
+    def __init__(
+        self,
+        make: Callable[[list[int], torch.Generator], Batch],
+        sizes: Sequence[Size],
+        batch_size: int,
+        seed: int,
+        count: int,
+    ) -> None:
+        self.make, self.sizes, self.batch_size, self.seed, self.count = make, list(sizes), batch_size, seed, count
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = Batches(self.sizes, self.batch_size, seed_of("calibration", self.seed))
+        for number in range(self.count):
+            yield self.make(next(batches), seeded("calibration", self.seed, number))

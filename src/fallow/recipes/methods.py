@@ -1,0 +1,392 @@
+"""The methods that the recipe trains with, by name: which weights move, under which optimizer, and what is saved.
+
+    sara, largest, random, lt-sft, shira    some entries of the existing weights (fallow.selection)
+    lora, peft                              PEFT's LoRA, or any other PEFT config (`peft_type=LOHA`, ...)
+    full                                    every weight
+
+A method's options are the arguments of its class or of its PEFT config, under their own names. New ones are a row of
+METHODS.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import Tensor, nn
+
+from fallow.core.errors import ConfigError, SelectionError, nearest
+from fallow.core.select import Amount
+from fallow.recipes.adapter_files import base_fingerprints, save_full, save_peft
+from fallow.selection.largest import Largest
+from fallow.selection.lt_sft import LTSFT
+from fallow.selection.random import Random
+from fallow.selection.sara import SaRA
+from fallow.selection.selective import Selective
+from fallow.selection.shira import SHiRA
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]  # what LoRA is put on unless target_modules says otherwise
+RANK_WEIGHT = 5e-3  # of SaRA's nuclear-norm term: the paper's best
+RESELECT_AT = 0.5  # SaRA's progressive re-selection: once, at half of the run, as in the paper
+ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}  # torch's own, of the dense methods
+AMOUNTS = tuple(field.name for field in dataclasses.fields(Amount))
+STORES = ("delta", "value")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a method is made from.
+
+    `batches` is walked, more than once if need be, by the methods that look at data before they choose; `loss(network,
+    batch)` is the recipe's. `lr` None: the method's own.
+    """
+
+    network: nn.Module
+    lr: float | None
+    options: Mapping[str, Any]
+    steps: int
+    seed: int
+    batches: Iterable[Any]
+    loss: Callable[[nn.Module, Any], Tensor]
+
+
+class Trained(Protocol):
+    """A network in training by one method.
+
+    `trained_where` tells for each weight how many of its entries are trained, and how many it has; `threshold` is the
+    bound of a choice by magnitude; `events` grows by what happens at steps. `masters()` and `put()` give and set the
+    trained values exactly, by name: for averages over the steps.
+    """
+
+    optimizer: torch.optim.Optimizer
+    trained_parameters: int
+    total_parameters: int
+    trained_where: dict[str, tuple[int, int]]
+    threshold: float | None
+
+    @property
+    def events(self) -> list[dict[str, Any]]: ...
+    def trainable(self) -> list[nn.Parameter]: ...
+    def masters(self) -> dict[str, Tensor]: ...
+    def put(self, values: dict[str, Tensor]) -> None: ...
+    def save_adapter(self, folder: Path, metadata: Mapping[str, Any]) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class SelectiveTraining:
+    """Some entries of the existing weights; `store` says what the adapter holds: "delta" or (bit-exact) "value"."""
+
+    def __init__(self, optimizer: Selective, total_parameters: int, store: str) -> None:
+        self.optimizer: Selective = optimizer
+        self.total_parameters, self.store = total_parameters, store
+        self.trained_parameters = optimizer.trained_parameters
+        self.trained_where = optimizer.selected()
+        self.threshold = optimizer.threshold
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return self.optimizer.events
+
+    def trainable(self) -> list[nn.Parameter]:
+        return self.optimizer.trainable()
+
+    @torch.no_grad()
+    def masters(self) -> dict[str, Tensor]:
+        """(n,) of every entry chosen at first, those that a re-selection has put to rest included."""
+        found = {}
+        for name, slot in self.optimizer.slots.items():
+            master = slot.proxy.detach()
+            if slot.live is not None:
+                rest = slot.read().to(slot.precision)
+                if slot.form == "delta":
+                    rest -= slot.base.to(slot.precision)
+                master = rest.index_copy_(0, slot.live.long(), master)
+            found[name] = master
+        return found
+
+    @torch.no_grad()
+    def put(self, values: dict[str, Tensor]) -> None:
+        for name, slot in self.optimizer.slots.items():
+            master = values[name]
+            slot.write(master if slot.form == "value" else slot.base.to(slot.precision) + master)
+            slot.proxy.copy_(master if slot.live is None else master.index_select(0, slot.live))
+
+    def save_adapter(self, folder: Path, metadata: Mapping[str, Any]) -> None:
+        self.optimizer.save(folder, self.store, **metadata)  # type: ignore[arg-type]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
+
+
+class DenseTraining:
+    """Whole tensors: those of the network that require a gradient, under AdamW."""
+
+    threshold = None
+
+    def __init__(
+        self,
+        network: nn.Module,
+        lr: float,
+        adamw: Mapping[str, Any],
+        total_parameters: int,
+        save: Callable[[nn.Module, Path, dict[str, Any]], Any],
+        metadata: Mapping[str, Any],
+    ) -> None:
+        self.network, self.save, self.metadata = network, save, metadata
+        self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.total_parameters = total_parameters
+        self.trained_parameters = sum(parameter.numel() for parameter in self.parameters.values())
+        self.trained_where = {
+            _plain_name(name): (p.numel() if p.requires_grad else 0, p.numel())
+            for name, p in network.named_parameters()
+        }
+        self.events: list[dict[str, Any]] = []
+        fused = next(iter(self.parameters.values())).device.type in ("cpu", "cuda", "xpu", "mps")
+        try:
+            self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=lr, fused=fused or None, **adamw)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"AdamW refuses its options: {error}") from error
+
+    def trainable(self) -> list[nn.Parameter]:
+        return list(self.parameters.values())
+
+    def masters(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def put(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
+
+    def save_adapter(self, folder: Path, metadata: Mapping[str, Any]) -> None:
+        self.save(self.network, folder, {**self.metadata, **metadata})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parameters": self.masters(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.put(state["parameters"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _plain_name(name: str) -> str:
+    """A parameter's name in the network without an adapter's wrapping, so that reports speak of the same layers."""
+    return name.replace(".base_layer.", ".")
+
+
+# -- how each is made --------------------------------------------------------------------------------------------------
+
+
+def _selective(cls: type[Selective], **own: Any) -> Callable[[Order], Trained]:
+    """`own`: arguments from the order, as functions of it, unless an option of that name is given."""
+
+    def make(order: Order) -> Trained:
+        options = dict(order.options)
+        store = options.pop("store", "delta")
+        if store not in STORES:
+            raise ConfigError(f"store={store!r} must be 'delta' (scales and merges) or 'value' (bit-exact)")
+        if order.lr is not None:
+            options["lr"] = order.lr
+        for name, value in own.items():
+            if name not in options:
+                options[name] = value(order)
+        return SelectiveTraining(_called(cls, order.network, options), _count(order.network), store)
+
+    return make
+
+
+def _sara(order: Order) -> Trained:
+    """SaRA as the paper trains it: with the nuclear-norm term where a layer can take it, and one re-selection."""
+    make = _selective(
+        SaRA,
+        seed=lambda order: order.seed,
+        reselect_at=lambda order: RESELECT_AT,
+        total_steps=lambda order: order.steps,
+    )
+    if "rank_weight" in order.options:
+        return make(order)
+    try:
+        return make(dataclasses.replace(order, options={**order.options, "rank_weight": RANK_WEIGHT}))
+    except SelectionError:  # no matrix is large enough for the term; any other reason is raised again by the next line
+        return make(order)
+
+
+def _shira(order: Order) -> Trained:
+    """SHiRA with the mask that its paper recommends, which looks at batches, unless another is asked for."""
+    mask = order.options.get("mask", "snip")
+    make = _selective(
+        SHiRA,
+        mask=lambda order: mask,
+        seed=lambda order: order.seed,
+        batches=lambda order: order.batches if mask in ("snip", "grad") else None,
+        loss=lambda order: order.loss,
+    )
+    return make(order)
+
+
+def _called(cls: type[Selective], network: nn.Module, options: dict[str, Any]) -> Selective:
+    if "betas" in options:
+        options["betas"] = tuple(options["betas"])
+    return cls(network, **options)
+
+
+def _lora(order: Order) -> Trained:
+    options = dict(order.options)
+    rank = options.pop("rank", options.pop("r", 8))
+    alpha = options.pop("alpha", options.pop("lora_alpha", rank))
+    return _with_peft(order, "lora", "LORA", {"r": rank, "lora_alpha": alpha, **options})
+
+
+def _peft(order: Order) -> Trained:
+    options = dict(order.options)
+    return _with_peft(order, "peft", _peft_type(options.pop("peft_type", None)), options)
+
+
+def _with_peft(order: Order, method: str, kind: str, options: dict[str, Any]) -> Trained:
+    """Any tuner of PEFT, put into the network in place; its own tensors are trained and nothing else."""
+    from peft import inject_adapter_in_model
+
+    adamw = _adamw(options)
+    cls = _config_class(kind)
+    if "target_modules" in _fields_of(cls):
+        options.setdefault("target_modules", ATTENTION)
+    total = _count(order.network)
+    with torch.random.fork_rng(devices=_cuda(order.network)):
+        torch.manual_seed(order.seed)
+        try:
+            config = cls(**options)
+            order.network.requires_grad_(False)
+            inject_adapter_in_model(config, order.network)
+        except (ValueError, TypeError, NotImplementedError, KeyError) as error:
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            raise ConfigError(f"PEFT refuses the options of {method} ({kind}): {said[0]}") from error
+    if not any(parameter.requires_grad for parameter in order.network.parameters()):
+        raise ConfigError(f"{method} ({kind}) trains nothing in this network; give other target_modules")
+    lr = METHODS[method].lr if order.lr is None else order.lr
+    assert lr is not None
+    return DenseTraining(order.network, lr, adamw, total, save_peft, {"method": method})
+
+
+def _full(order: Order) -> Trained:
+    lr = METHODS["full"].lr if order.lr is None else order.lr
+    assert lr is not None
+    order.network.requires_grad_(True)
+    adamw = _adamw(dict(order.options))
+    prints = base_fingerprints(order.network)  # now, while the weights are the base's
+
+    def save(network: nn.Module, folder: Path, metadata: dict[str, Any]) -> Path:
+        return save_full(network, folder, prints, metadata)
+
+    return DenseTraining(order.network, lr, adamw, _count(order.network), save, {"method": "full"})
+
+
+def _adamw(options: dict[str, Any]) -> dict[str, Any]:
+    """Take AdamW's own arguments out of the options."""
+    taken = {name: options.pop(name, default) for name, default in ADAMW.items()}
+    return {**taken, "betas": tuple(taken["betas"])}
+
+
+def _count(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _cuda(network: nn.Module) -> list[torch.device]:
+    return list({parameter.device for parameter in network.parameters() if parameter.device.type == "cuda"})
+
+
+# -- which there are, and what they take ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row: how to make it, the options it takes given those that stand there, its own learning rate and a sweep.
+
+    `lr` None: the class decides (SaRA's follows from its threshold).
+    """
+
+    make: Callable[[Order], Trained]
+    options: Callable[[Mapping[str, Any]], list[str]]
+    lr: float | None
+    rates: tuple[float, float, float]
+
+
+def _arguments(cls: type[Selective], *provided: str) -> Callable[[Mapping[str, Any]], list[str]]:
+    """Those of the constructor, without what the recipe provides and without `rule`, which is no plain value."""
+    apart = {"self", "model", "lr", "rule", *provided}
+    return lambda options: [*(n for n in inspect.signature(cls.__init__).parameters if n not in apart), "store"]
+
+
+def _peft_type(name: Any) -> str:
+    names = sorted(str(kind.value) for kind in PEFT_TYPE_TO_CONFIG_MAPPING)
+    if name is None:
+        raise ConfigError(f"the method peft needs peft_type, one of {', '.join(names)}")
+    if str(name).upper() not in names:
+        raise ConfigError(f"peft_type={name} does not exist{nearest(str(name).upper(), names)}")
+    return str(name).upper()
+
+
+def _config_class(kind: str) -> Any:
+    return next(cls for name, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if name.value == kind)
+
+
+def _fields_of(cls: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls) if field.init and field.name not in ("peft_type",)]
+
+
+def _lora_options(_: Mapping[str, Any]) -> list[str]:
+    return ["rank", "alpha", *_fields_of(_config_class("LORA")), *ADAMW]
+
+
+def _peft_options(options: Mapping[str, Any]) -> list[str]:
+    return ["peft_type", *_fields_of(_config_class(_peft_type(options.get("peft_type")))), *ADAMW]
+
+
+METHODS: dict[str, Method] = {
+    "sara": Method(_sara, _arguments(SaRA, "total_steps"), None, (2e-4, 6e-4, 2e-3)),
+    "shira": Method(_shira, _arguments(SHiRA, "batches", "loss"), 5e-4, (2e-4, 6e-4, 2e-3)),
+    "largest": Method(_selective(Largest), _arguments(Largest), 5e-4, (2e-4, 6e-4, 2e-3)),
+    "random": Method(
+        _selective(Random, seed=lambda order: order.seed), _arguments(Random), 5e-4, (2e-4, 6e-4, 2e-3)
+    ),
+    "lt-sft": Method(
+        _selective(LTSFT, batches=lambda order: order.batches, loss=lambda order: order.loss),
+        _arguments(LTSFT, "batches", "loss"), 5e-4, (2e-4, 6e-4, 2e-3),
+    ),
+    "lora": Method(_lora, _lora_options, 5e-4, (3e-4, 1e-3, 3e-3)),
+    "peft": Method(_peft, _peft_options, 5e-4, (3e-4, 1e-3, 3e-3)),
+    "full": Method(_full, lambda options: list(ADAMW), 5e-5, (3e-5, 1e-4, 3e-4)),
+}  # fmt: skip
+
+
+def check_options(method: str, options: Mapping[str, Any]) -> None:
+    """ConfigError for a method or an option that does not exist, with the nearest that does; SelectionError for amounts
+    that cannot be.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"method={method} does not exist{nearest(method, METHODS)}")
+    allowed = METHODS[method].options(options)
+    for name in options:
+        if name not in allowed:
+            raise ConfigError(f"the method {method} has no option '{name}'{nearest(name, allowed)}")
+    amounts = {name: options[name] for name in AMOUNTS if name in options and options[name] is not None}
+    if amounts and method not in ("lora", "peft", "full"):
+        Amount(**amounts)
+
+
+def make_method(method: str, order: Order) -> Trained:
+    """Put the network into training by a method.
+
+    Raises ConfigError, SelectionError or DataError where its options do not fit the network; then nothing was trained.
+    """
+    check_options(method, order.options)
+    return METHODS[method].make(order)

@@ -1,0 +1,552 @@
+"""Adapt a text-to-image model to a folder of pictures.
+
+    outcome = train(TrainConfig(data="my-pictures", method="sara", options={"fraction": 0.05}, steps=500))
+    outcome.adapter                                     # the adapter's directory; outcome.report is the page
+
+`train` and `Run` read from top to bottom: claim the run directory, load the model, encode the pictures once, put the
+network into training by the chosen method, walk the steps, save the adapter, write the page. All chance is drawn from
+generators made of (seed, step), so a run that is resumed goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import DDPMScheduler
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from rich.console import Console
+from torch import nn
+
+from fallow import assets
+from fallow.core.errors import ConfigError, TrainingError
+from fallow.core.files import atomic_write
+from fallow.recipes import run_directory
+from fallow.recipes.adapter_files import adapter_size
+from fallow.recipes.checkpoints import checkpoints, load_checkpoint, save_checkpoint
+from fallow.recipes.gallery import sheet
+from fallow.recipes.latents import Batch, CalibrationBatches, Examples, seed_of, seeded
+from fallow.recipes.methods import Order, Trained, check_options, make_method
+from fallow.recipes.moving_average import MovingAverage
+from fallow.recipes.noise import Prediction, denoising_loss
+from fallow.recipes.pictures import Batches, Picture, Size, fit, open_picture, read_pictures
+from fallow.recipes.pipelines import chosen_device, generate, load_pipeline
+from fallow.recipes.progress import Journal, forget_peak, peak_memory
+from fallow.recipes.settings import differences, make_config, to_toml
+from fallow.report.run import write_run_report
+
+CALIBRATION = 16  # batches for the methods that look before they choose
+COLUMNS = 4  # of the sheets in samples/
+# What may be another when a run is resumed: it does not touch what was computed so far.
+FREE = {
+    "resume", "output", "steps", "device", "save_every", "keep", "log_every",
+    "samples", "sample_prompts", "sample_every", "sample_steps", "guidance",
+}  # fmt: skip
+
+
+class TrainConfig(BaseModel):
+    """What to train, on what, how; each field is a flag of `fallow train`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field("mini-sd", description="Base model: mini-sd, a pipeline directory, or a hub id.")
+    data: str = Field("blueprint", description="Shipped style set, or a folder of pictures (or with train/ in it).")
+    prompt: str | None = Field(None, description="Caption of the pictures that have none of their own.")
+    method: str = Field(
+        "sara", description="sara, shira, largest, random, lt-sft, lora, peft (any PEFT config) or full."
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="The method's own arguments.")
+    lr: float | None = Field(None, gt=0, description="Learning rate; the method's own when not given.")
+    steps: int = Field(500, ge=1, description="Updates to make.")
+    batch_size: int = Field(8, ge=1, description="Pictures that go through the network together.")
+    accumulation: int = Field(1, ge=1, description="Batches that make one update.")
+    output: Path | None = Field(None, description="Run directory; runs/<method>-<data>-<n> when not given.")
+    resume: Path | None = Field(None, description="Run directory to go on with, from its last checkpoint.")
+    seed: int = Field(0, ge=0, description="Of all chance: order, noise, choice of entries.")
+    device: str | None = Field(None, description="cpu, cuda, ...; the best there is when not given.")
+    resolution: int | None = Field(None, ge=8, description="Side of a square picture; the model's own when not given.")
+    bucket: bool = Field(True, description="Keep the pictures' shapes, in buckets of equal size; off: square crops.")
+    flip: bool = Field(True, description="Show half of the pictures mirrored.")
+    caption_dropout: float = Field(0.05, ge=0, le=1, description="How often a caption is left empty, for guidance.")
+    class_data: Path | None = Field(None, description="Pictures of the subject's class, for prior preservation.")
+    class_prompt: str | None = Field(
+        None, description="Prompt of such pictures; the base model draws them where class_data is not given."
+    )
+    class_images: int = Field(64, ge=1, description="How many it draws.")
+    prior_weight: float = Field(1.0, ge=0, description="Weight of the loss on the class's pictures.")
+    precision: Literal["no", "bf16", "fp16"] = Field(
+        "no", description="Of the forward and backward pass; weights stay in float32."
+    )
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
+    warmup: int = Field(20, ge=0, description="Steps in which the learning rate rises from 0.")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the gradient to this norm; none: never.")
+    min_snr: float | None = Field(None, gt=0, description="Gamma of min-SNR weights (5 is usual); none: no weights.")
+    noise_offset: float = Field(0.0, ge=0, description="Noise shared by a whole channel (0.05 is usual).")
+    prediction: Prediction | None = Field(
+        None, description="What the network predicts, where the model's scheduler says it wrongly."
+    )
+    ema: bool = Field(False, description="Draw and save with a moving average of what is trained.")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="How slowly that average moves.")
+    samples: int = Field(8, ge=0, description="Pictures to draw before, during and after training; 0: none.")
+    sample_prompts: list[str] | None = Field(None, description="What to draw; captions of the pictures when not given.")
+    sample_every: int = Field(250, ge=0, description="Steps between drawings during training; 0: none.")
+    sample_steps: int = Field(25, ge=1, description="Denoising steps of a drawing.")
+    guidance: float = Field(3.0, description="Guidance of a drawing.")
+    save_every: int = Field(250, ge=0, description="Steps between checkpoints; 0: only when interrupted.")
+    keep: int = Field(2, ge=0, description="Checkpoints to keep, the newest ones; 0: all.")
+    log_every: int = Field(10, ge=1, description="Steps between two looks at the losses.")
+
+    @model_validator(mode="after")
+    def check_together(self) -> TrainConfig:
+        """What only several settings together can get wrong."""
+        check_options(self.method, self.options)
+        if self.class_data is not None and self.class_prompt is None:
+            raise ConfigError(
+                "class_data needs class_prompt, the prompt of its pictures; give one, like 'a photo of a dog'"
+            )
+        if self.sample_prompts is not None and not all(prompt.strip() for prompt in self.sample_prompts):
+            raise ConfigError(
+                f"sample_prompts={self.sample_prompts} holds an empty prompt; give texts, or leave it out"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a finished run has put everything; `info` is its run.json."""
+
+    folder: Path
+    adapter: Path
+    report: Path
+    info: dict[str, Any]
+
+
+def train(
+    config: TrainConfig,
+    console: Console | None = None,
+    *,
+    command: str | None = None,
+    after_step: Callable[[int], None] | None = None,
+) -> Outcome:
+    """Train as `config` says, or go on with the run that its `resume` names.
+
+    `console` shows progress; `command` is what the page says made the run; `after_step(step)` is called after each
+    update. An interrupt (Ctrl-C, SIGTERM) ends the step, saves a checkpoint and raises KeyboardInterrupt.
+
+    Raises ConfigError, DataError, ModelError or SelectionError before anything is trained (a new run then leaves no
+    directory), and TrainingError where the loss is no number any more; checkpoints are kept.
+    """
+    console = console or Console(stderr=True, quiet=True)
+    resumed = config.resume is not None
+    if resumed:
+        config, folder = resumed_config(config)
+    else:
+        folder = config.output or run_directory.free_name(config.method, config.data)
+        run_directory.claim(folder)
+    try:
+        state = load_checkpoint(folder) if resumed else None
+        run = Run.prepare(config, folder, state, console)
+    except BaseException:
+        if not resumed:  # nothing is trained yet: leave no half-made run in the way of the next try
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    run.info["command"] = command or f"fallow train --config {folder / 'config.toml'}"
+    with interrupts() as interrupted:
+        try:
+            run.walk(interrupted, after_step)
+            return run.finish()
+        except KeyboardInterrupt:
+            run.end("stopped", "interrupted from the keyboard")
+            raise
+        except Exception as error:  # whatever it was, the page should say so; it is raised again
+            run.end("failed", f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            run.journal.close()
+
+
+def resumed_config(config: TrainConfig) -> tuple[TrainConfig, Path]:
+    """The settings of the run to go on with, and its folder; those that `config` sets must agree, but for FREE ones."""
+    folder = config.resume
+    assert folder is not None
+    saved = make_config(TrainConfig, run_directory.settings_of(folder))
+    run_directory.refuse_read_only(folder)
+    given = {name: getattr(config, name) for name in config.model_fields_set - {"resume"}}
+    if "output" in given and given["output"] != folder:
+        raise ConfigError(f"output={given['output']} and resume={folder} are two directories; leave output out")
+    if changed := differences(saved.model_dump(), given, FREE):
+        raise ConfigError(
+            f"the run {folder} cannot go on with other settings: {'; '.join(changed)}; leave them out, or start anew"
+        )
+    return saved.model_copy(update={**given, "resume": None, "output": folder}), folder
+
+
+class Run:
+    """A run on its way: the network in training, the data, and what is written about it."""
+
+    def __init__(self, config: TrainConfig, folder: Path, console: Console) -> None:
+        self.config, self.folder, self.console = config, folder, console
+        self.step, self.seconds = 0, 0.0  # updates made, and the time they took
+        self.pictures = read_pictures(training_folder(config.data), config.prompt)
+        self.class_pictures = read_pictures(config.class_data, config.class_prompt) if config.class_data else []
+        self.device = chosen_device(config.device)
+        console.print(f"loading {config.model}", markup=False, highlight=False)
+        self.pipeline = load_pipeline(config.model, device=config.device)
+        self.pipeline.vae.requires_grad_(False)
+        self.pipeline.text_encoder.requires_grad_(False)
+        self.network = self.pipeline.unet
+        if config.prediction is not None:  # the drawings must believe it too
+            scheduler = self.pipeline.scheduler
+            self.pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=config.prediction)
+        self.noise = DDPMScheduler.from_config(self.pipeline.scheduler.config)
+        self.prediction: Prediction = self.noise.config.prediction_type
+
+    @classmethod
+    def prepare(cls, config: TrainConfig, folder: Path, state: dict[str, Any] | None, console: Console) -> Run:
+        """Everything up to the first step; with `state`, of a checkpoint, up to the first step after it."""
+        run = cls(config, folder, console)
+        run.encode()
+        if config.samples and state is None:
+            run.draw_samples("before")
+            run.show_examples()
+        run.trained = run.put_into_training()
+        run.average = MovingAverage(run.trained, config.ema_decay) if config.ema else None
+        run.scaler = torch.amp.GradScaler(run.device.type, enabled=config.precision == "fp16")
+        run.rates = [group["lr"] for group in run.trained.optimizer.param_groups]
+        run.info = run_directory.read_info(folder) | run.described()
+        if state is not None:
+            run.load_state_dict(state)
+        with atomic_write(folder / "config.toml") as partial:
+            partial.write_text(to_toml(config, exclude={"output", "resume"}), encoding="utf-8")
+        run_directory.write_info(folder, run.info, status="running", error=None)
+        run.journal = Journal(folder, config.steps, run.step, run.device, console)
+        if state is not None:
+            run.journal.event("resume", run.step)
+        return run
+
+    # -- before the first step ----------------------------------------------------------------------------------------
+
+    def encode(self) -> None:
+        """Latents and embeddings of the pictures and, for prior preservation, of those of the class."""
+        config = self.config
+        self.console.print(f"encoding {len(self.pictures)} pictures", markup=False, highlight=False)
+        self.sizes = self.fitted(self.pictures)
+        self.examples = Examples(self.pipeline, self.pictures, self.sizes, flip=config.flip)
+        self.batches = Batches(self.sizes, config.batch_size * config.accumulation, config.seed)
+        self.class_examples: Examples | None = None
+        if config.class_prompt is not None:
+            pictures = self.class_pictures or self.draw_class_pictures(config.class_prompt)
+            sizes = self.fitted(pictures)
+            self.class_examples = Examples(self.pipeline, pictures, sizes, flip=config.flip)
+            seed = seed_of("class", config.seed)
+            self.class_batches = Batches(sizes, config.batch_size * config.accumulation, seed)
+
+    def fitted(self, pictures: Sequence[Picture]) -> list[Size]:
+        """The size that each picture is trained at: sides that the network can halve as often as it does."""
+        factor = int(self.pipeline.vae_scale_factor)
+        resolution = self.config.resolution or int(self.network.config.sample_size) * factor
+        halvings = len(self.network.config.block_out_channels) - 1
+        return fit(pictures, resolution, factor * 2**halvings, bucket=self.config.bucket)
+
+    def draw_class_pictures(self, prompt: str) -> list[Picture]:
+        """What the base model draws for the class, kept in the run directory; what is there already is used again."""
+        folder = self.folder / "class-pictures"
+        files = [folder / f"picture-{number:04d}.png" for number in range(self.config.class_images)]
+        missing = [number for number, file in enumerate(files) if not file.exists()]
+        for begin in range(0, len(missing), COLUMNS * 4):
+            some = missing[begin : begin + COLUMNS * 4]
+            seeds = [seed_of("class picture", self.config.seed, number) for number in some]
+            for number, picture in zip(some, self.drawn([prompt] * len(some), seeds), strict=True):
+                with atomic_write(files[number]) as partial:
+                    picture.save(partial, format="PNG")
+        return read_pictures(folder, prompt)
+
+    def put_into_training(self) -> Trained:
+        """The network under the chosen method, in training mode."""
+        config = self.config
+        if config.gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
+        batches = CalibrationBatches(self.example_batch, self.sizes, config.batch_size, config.seed, CALIBRATION)
+        order = Order(
+            network=self.network, lr=config.lr, options=config.options, steps=config.steps, seed=config.seed,
+            batches=batches, loss=lambda _, batch: self.loss(batch),
+        )  # fmt: skip
+        trained = make_method(config.method, order)
+        self.network.train()
+        self.console.print(
+            f"{config.method}: {trained.trained_parameters:,} of {trained.total_parameters:,} parameters", markup=False,
+            highlight=False,
+        )  # fmt: skip
+        return trained
+
+    def described(self) -> dict[str, Any]:
+        """What run.json says of the run from its beginning."""
+        trained = self.trained
+        return {
+            "method": self.config.method, "model": self.config.model, "data": self.config.data,
+            "lr": self.rates[0], "trained_parameters": trained.trained_parameters,
+            "total_parameters": trained.total_parameters, "threshold": trained.threshold,
+            "trained_where": {name: list(pair) for name, pair in trained.trained_where.items()},
+            "prompts": self.prompts(), "pictures": len(self.pictures), "prediction": self.prediction,
+            "hardware": run_directory.hardware(self.device), "versions": run_directory.versions(),
+        }  # fmt: skip
+
+    # -- the steps ----------------------------------------------------------------------------------------------------
+
+    def walk(self, interrupted: Callable[[], bool], after_step: Callable[[int], None] | None) -> None:
+        """Make the updates that are left."""
+        config = self.config
+        forget_peak(self.device)
+        began = time.perf_counter()
+        seen = len(self.trained.events)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            while self.step < config.steps:
+                loss, norm, rate = self.update()
+                self.step += 1
+                self.journal.step(self.step, loss, norm, rate)
+                last, stop = self.step == config.steps, interrupted()
+                due = bool(config.save_every) and (last or self.step % config.save_every == 0)
+                if self.step % config.log_every == 0 or last or due or stop:
+                    self.look()
+                for event in self.trained.events[seen:]:
+                    self.journal.event(
+                        event["event"], self.step, **{k: v for k, v in event.items() if k not in ("event", "step")}
+                    )
+                seen = len(self.trained.events)
+                if due or stop:
+                    self.seconds, began = self.seconds + time.perf_counter() - began, time.perf_counter()
+                    self.save()
+                    began = time.perf_counter()
+                if after_step is not None:
+                    after_step(self.step)
+                if stop or interrupted():
+                    if not stop:
+                        self.look()
+                        self.save()
+                    raise KeyboardInterrupt(
+                        f"stopped after step {self.step} of {config.steps}, which is saved. Go on with: "
+                        f"fallow train --resume {self.folder}"
+                    )
+                if config.samples and config.sample_every and self.step % config.sample_every == 0 and not last:
+                    self.seconds += time.perf_counter() - began
+                    self.draw_samples(f"step-{self.step:06d}")
+                    began = time.perf_counter()
+        self.seconds += time.perf_counter() - began
+
+    def update(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """One update; returns its loss and its gradient's norm, still on the device, and the learning rate."""
+        config, optimizer = self.config, self.trained.optimizer
+        share = rate_at(self.step, config.steps, config.warmup, config.schedule)
+        for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * share
+        torch.manual_seed(seed_of("network", config.seed, self.step))  # what dropout in the network draws
+        batch = self.example_batch(next(self.batches), seeded("step", config.seed, self.step))
+        total = self.backward(batch, 1.0)
+        if self.class_examples is not None:
+            chance = seeded("class step", config.seed, self.step)
+            prior = self.class_examples.batch(next(self.class_batches), chance, noise_offset=config.noise_offset)
+            total = total + self.backward(prior, config.prior_weight)
+        self.scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(self.trained.trainable(), config.max_grad_norm or math.inf)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update()
+        return total, norm, rate * share
+
+    def example_batch(self, indices: Sequence[int], chance: torch.Generator) -> Batch:
+        """Pictures of the data, as they are trained on."""
+        config = self.config
+        return self.examples.batch(
+            indices, chance, caption_dropout=config.caption_dropout, noise_offset=config.noise_offset
+        )
+
+    def backward(self, batch: Batch, weight: float) -> torch.Tensor:
+        """Gradients of weight * loss, in pieces of `batch_size` pictures; returns that loss."""
+        total = torch.zeros((), device=self.device)
+        for part in batch.parts(self.config.batch_size):
+            loss = self.loss(part) * (weight * len(part) / len(batch))
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """The objective on a batch, under the chosen precision."""
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.precision)
+        with torch.autocast(self.device.type, half) if half else contextlib.nullcontext():
+            return denoising_loss(
+                self.network, self.noise, batch.latents, batch.text, batch.drawn, prediction=self.prediction,
+                min_snr=self.config.min_snr,
+            )  # fmt: skip
+
+    def look(self) -> None:
+        """Read the losses since the last look. TrainingError where one is no number any more."""
+        for step, loss, norm in self.journal.flush():
+            # Under fp16 a gradient that overflows is skipped by the scaler, which then lowers its scale.
+            if not math.isfinite(loss) or not (self.scaler.is_enabled() or math.isfinite(norm)):
+                self.journal.event("nan", step, loss=str(loss), grad_norm=str(norm))
+                raise TrainingError(self.diverged(step, loss))
+
+    def diverged(self, step: int, loss: float) -> str:
+        saved = checkpoints(self.folder)
+        kept = f"the last good checkpoint is {saved[-1]}" if saved else "there was no checkpoint yet"
+        what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
+        half = ", or train with precision bf16 or no" if self.config.precision == "fp16" else ""
+        return (
+            f"{what} at step {step}, so the run has stopped; {kept}. Lower lr={self.rates[0]:g} or max_grad_norm="
+            f"{self.config.max_grad_norm}, or lengthen warmup={self.config.warmup}{half}"
+        )
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint of this step. TrainingError where a trained value is no number: none is then written."""
+        if not all(bool(torch.isfinite(value).all()) for value in self.trained.masters().values()):
+            raise TrainingError(self.diverged(self.step, math.nan))
+        save_checkpoint(self.folder, self.step, self.state_dict(), self.config.keep)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the steps from here depend on, besides the settings."""
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "trained": self.trained.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "batches": self.batches.state_dict(),
+            "class_batches": None if self.class_examples is None else self.class_batches.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.batches.load_state_dict(state["batches"])
+        if self.class_examples is not None:
+            self.class_batches.load_state_dict(state["class_batches"])
+        self.trained.load_state_dict(state["trained"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    # -- drawings -----------------------------------------------------------------------------------------------------
+
+    def prompts(self) -> list[str]:
+        """What the drawings show: the given prompts, else captions of pictures spread over the data."""
+        return self.config.sample_prompts or [picture.caption for picture in self.chosen_pictures()]
+
+    def chosen_pictures(self) -> list[Picture]:
+        """Pictures spread over the data, each with another caption as far as there are as many."""
+        by_caption = list({picture.caption: picture for picture in self.pictures}.values())
+        some = by_caption if len(by_caption) >= self.config.samples else self.pictures
+        count = min(self.config.samples, len(some))
+        return [some[i * len(some) // count] for i in range(count)]
+
+    def drawn(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        return generate(
+            self.pipeline, prompts, seeds=seeds, steps=self.config.sample_steps, guidance=self.config.guidance
+        )
+
+    def draw_samples(self, name: str) -> None:
+        """samples/<name>.png: the prompts, each from the same noise every time; with the average where there is one."""
+        prompts = self.prompts()
+        averaged = getattr(self, "average", None)
+        with averaged.shown() if averaged is not None else contextlib.nullcontext():
+            pictures: list[Image.Image] = []
+            for begin in range(0, len(prompts), COLUMNS):
+                some = prompts[begin : begin + COLUMNS]
+                pictures += self.drawn(some, [self.config.seed + begin + i for i in range(len(some))])
+        self.write_sheet(name, pictures)
+
+    def show_examples(self) -> None:
+        """samples/examples.png: pictures of the data, at the size of the drawings."""
+        opened = [open_picture(picture.path) for picture in self.chosen_pictures()]
+        side = int(self.network.config.sample_size) * int(self.pipeline.vae_scale_factor)
+        self.write_sheet("examples", [picture.resize((side, side)) for picture in opened])
+
+    def write_sheet(self, name: str, pictures: Sequence[Image.Image]) -> None:
+        with atomic_write(self.folder / "samples" / f"{name}.png") as partial:
+            sheet(pictures, min(COLUMNS, len(pictures))).save(partial, format="PNG")
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def finish(self) -> Outcome:
+        """The adapter, the last drawings and the page."""
+        config, adapter = self.config, self.folder / "adapter"
+        peak, measured = peak_memory(self.device)
+        metadata = {
+            "base_model": config.model, "data": config.data, "steps": self.step, "lr": self.rates[0],
+            "batch_size": config.batch_size * config.accumulation, "seed": config.seed, "ema": config.ema,
+        }  # fmt: skip
+        with self.average.shown() if self.average is not None else contextlib.nullcontext():
+            self.trained.save_adapter(adapter, metadata)
+        if config.samples:
+            self.draw_samples("after")
+        report = self.end(
+            "finished", None, peak_memory_bytes=peak, memory_measured=measured, adapter_bytes=adapter_size(adapter)[1]
+        )
+        assert report is not None
+        return Outcome(self.folder, adapter, report, self.info)
+
+    def end(self, status: str, error: str | None, **more: Any) -> Path | None:
+        """run.json and the page, as things stand."""
+        each = self.seconds / self.step if self.step else None
+        run_directory.write_info(
+            self.folder, self.info, status=status, error=error, steps=self.step, seconds=self.seconds,
+            seconds_per_step=each, **more,
+        )  # fmt: skip
+        self.journal.board.flush()
+        return write_run_report(self.folder)
+
+
+def training_folder(data: str) -> Path:
+    """The folder of the pictures to train on: train/ within a shipped set or a folder that has one."""
+    folder = assets.find(data)
+    return folder / "train" if (folder / "train").is_dir() else folder
+
+
+def rate_at(step: int, steps: int, warmup: int, schedule: str) -> float:
+    """The share of the learning rate at a step, counted from 0: a linear rise, then the schedule, to 0 at `steps`."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = min((step - warmup) / max(steps - warmup, 1), 1.0)
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return 1 - done if schedule == "linear" else 1.0
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Within the block the first Ctrl-C or SIGTERM is only noted, so that a step ends whole; yields what tells of it.
+
+    A second one interrupts at once. Only the main thread may listen to signals; elsewhere nothing changes.
+    """
+    noted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield noted.is_set
+        return
+    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: Any) -> None:
+        if noted.is_set():
+            raise KeyboardInterrupt
+        noted.set()
+
+    for number in former:
+        signal.signal(number, note)
+    try:
+        yield noted.is_set
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
