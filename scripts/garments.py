@@ -21,10 +21,25 @@ HELD_OUT = {8, 9}  # bag, ankle boot: never seen by mini-sd; they ship as concep
 FAMILIES = ["photo", "duotone", "outline", "halftone", "relief", "mosaic"]
 PRETRAIN_IMAGES = 55_000  # of the 60,000 training images; the other 5,000 make the style sets' training halves
 SHADES = ["dark", "grey", "light"]
+LICENSE = """The MIT License (MIT) Copyright (c) 2017 Zalando SE, https://tech.zalando.com
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
+persons to whom the Software is furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
+Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+"""
 
 
 def load(folder: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read `train` or `t10k` from the idx files: images `(N, 1, 32, 32)` uint8, padded from 28x28, and labels `(N,)`."""
+    """Read `train` or `t10k` from the idx files: images `(N, 1, 32, 32)` uint8, padded from 28x28; labels `(N,)`."""
     images_file, labels_file = folder / f"{split}-images-idx3-ubyte.gz", folder / f"{split}-labels-idx1-ubyte.gz"
     for file in (images_file, labels_file):
         if not file.exists():
@@ -51,11 +66,11 @@ def caption(label: int, shade: int | None = None) -> str:
     return f"a photo of {article}{words}"
 
 
-# --- styles ------------------------------------------------------------------------------------------------------------
+# --- styles ---------------------------------------------------------------------------------------------------------
 
 
 def _mix(colours: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """Piecewise linear colour map: `colours` `(B, 3 stops, 3 channels)`, `at` `(B, 1, H, W)` in [0, 1] -> `(B, 3, H, W)`."""
+    """Piecewise linear colour map: `colours` `(B, 3 stops, 3)`, `at` `(B, 1, H, W)` in [0, 1] -> `(B, 3, H, W)`."""
     low, middle, high = (colours[:, i, :, None, None] for i in range(3))
     return torch.where(at < 0.5, torch.lerp(low, middle, at * 2), torch.lerp(middle, high, at * 2 - 1)).clamp(0, 1)
 
@@ -111,20 +126,20 @@ def colour(*stops: str) -> torch.Tensor:
     return torch.tensor([[[int(s[i : i + 2], 16) / 255 for i in (0, 2, 4)] for s in stops]])
 
 
-# name -> (family, colours): the five shipped sets
-SHIPPED = {
-    "Sunset": ("duotone", colour("1b1040", "c2337e", "ffc04d")),
-    "Blueprint": ("outline", colour("123a8c", "5f8fdc", "ffffff")),
-    "Halftone": ("halftone", colour("fff3d6", "f09a80", "d11f2f")),
-    "Bronze": ("relief", colour("2b1606", "9a6a34", "ffe3a6")),
-    "Mosaic": ("mosaic", colour("0c4a52", "3fae9a", "f6f1c4")),
+# name -> (family, its options, gamma, colours): the shipped sets. A gamma below 1 lifts dark garments off the ground.
+SHIPPED: dict[str, tuple[str, dict[str, float], float, torch.Tensor]] = {
+    "Sunset": ("duotone", {}, 0.75, colour("241252", "d8347c", "ffd166")),
+    "Blueprint": ("outline", {}, 0.85, colour("123a8c", "5f8fdc", "ffffff")),
+    "Halftone": ("halftone", {}, 1.0, colour("fff3d6", "f09a80", "d11f2f")),
+    "Bronze": ("relief", {"angle": 3.93}, 0.6, colour("2b1606", "9a6a34", "ffe3a6")),  # lit from the upper left
+    "Mosaic": ("mosaic", {}, 0.65, colour("14596b", "ef7b3c", "fff1c9")),
 }
 
 
 def in_style(x: torch.Tensor, name: str) -> torch.Tensor:
     """Garments `(B, 1, 32, 32)` in [0, 1] drawn in the shipped style `name` -> `(B, 3, 32, 32)` in [0, 1]."""
-    family, colours = SHIPPED[name]
-    return STYLES[family](x, colours.expand(len(x), 3, 3))
+    family, options, gamma, colours = SHIPPED[name]
+    return STYLES[family](x.pow(gamma), colours.expand(len(x), 3, 3), **options)
 
 
 def in_random_style(x: torch.Tensor, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,5 +160,5 @@ def in_random_style(x: torch.Tensor, rng: torch.Generator) -> tuple[torch.Tensor
             options["angle"] = 6.283 * torch.rand((), generator=rng).item()
         elif name == "mosaic":
             options["tile"] = int(torch.randint(3, 6, (), generator=rng))
-        pictures[where] = STYLES[name](x[where], colours, **options)  # type: ignore[operator]
+        pictures[where] = STYLES[name](x[where], colours, **options)
     return pictures, family
