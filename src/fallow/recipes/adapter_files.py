@@ -38,7 +38,7 @@ WHAT_TO_GIVE = "give an adapter directory, a run directory, or a sparse adapter'
 
 
 def locate(path: str | Path) -> Path:
-    """The adapter that a path means: itself, or the adapter/ of a run directory. AdapterError where there is nothing."""
+    """The adapter that a path means: itself, or the adapter/ of a run directory. AdapterError if nothing is there."""
     place = Path(path).expanduser()
     if not place.exists():
         raise AdapterError(f"adapter {path} does not exist; {WHAT_TO_GIVE}")
@@ -162,8 +162,8 @@ def bare_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
 
 def bare(network: nn.Module) -> Any:
     """The network within a PeftModel or what torch.compile made; any other as it is."""
-    network = getattr(network, "_orig_mod", network)
-    return network.get_base_model() if hasattr(network, "get_base_model") else network
+    inner: Any = getattr(network, "_orig_mod", network)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def save_full(
@@ -450,7 +450,7 @@ class PeftChange:
                 own[name].data.copy_(was)
             if hosted is not None:
                 hosted.unload()
-                del network.peft_config
+                vars(network).pop("peft_config", None)  # what older versions of PEFT leave there
             for name, parameter in network.named_parameters():
                 parameter.requires_grad_(wants_gradient[name])
             for name, module in network.named_modules():
