@@ -2,7 +2,7 @@
 
 Two parts add up. What the method keeps for each trained entry is arithmetic:
 
-    selective   index 4 (8 in a tensor of 2**31 entries) + first value 4 (2 for a bf16 weight: what `disabled()` puts back)
+    selective   index 4 (8 in a tensor of 2**31 entries) + first value 4 (2 for a bf16 weight; `disabled()` needs it)
                 + fp32 value 4 + gradient 4 + Adam's two moments 8 = 24 bytes an entry (22)
     low rank    factors 4 + gradient 4 + moments 8 = 16 bytes a factor entry, on top of the frozen weights
     full        moments 8 bytes a weight, and its dense gradient (4), which outlives the backward pass

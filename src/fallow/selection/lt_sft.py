@@ -73,7 +73,8 @@ class LTSFT(Selective):
     Args:
         model: the network. fraction (0.05 by default), budget: how many entries.
         batches: what the dense phase trains on, repeated as often as needed; an iterable that can be walked more than
-        once. loss: `loss(model, batch)`, by default `model(**batch).loss`.
+            once.
+        loss: `loss(model, batch)`, by default `model(**batch).loss`.
         dense_steps, dense_lr: of the dense phase.
         lr: 5e-4 for the sparse phase. The other arguments are those of `SaRA`.
 

@@ -21,12 +21,19 @@ decay is 0 (it would pull v back to where it started).
 from __future__ import annotations
 
 import math
+import pickle
 import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+import torch
 from torch import nn
 
-from fallow.core.select import Amount, Patterns, Selection, Target, choose, magnitude
+from fallow.core.compact import gather
+from fallow.core.errors import AdapterError
+from fallow.core.files import fingerprint
+from fallow.core.select import Amount, Patterns, Selection, Target, choose, index_dtype, magnitude
+from fallow.core.sparse import Entry, SparseDelta
 from fallow.objectives.nuclear import Mode, NuclearNorm
 from fallow.selection.selective import Rule, Selective
 
@@ -134,3 +141,39 @@ class SaRA(Selective):
             rule=rule,
             metadata={"method": "sara", "rank_weight": rank_weight, "rank_layers": rank_layers, "lr": lr, "seed": seed},
         )
+
+    @staticmethod
+    def from_official(path: str | Path, model: nn.Module) -> SparseDelta:
+        """Read a checkpoint of the official code (its optimizer's `save_params()`, written by torch.save).
+
+        The file is {"threshold": theta, 0: values, 1: ...}: by position in `model.parameters()`, without indices; which
+        entries are meant follows from |W0| < theta, so `model` must be the very base, in the dtype of the training.
+        Read with `weights_only=True`, so nothing in it is executed. Returns an adapter to save, load or combine.
+        Raises AdapterError where the file is broken, or the model has other numbers of small entries.
+        """
+        try:
+            held = torch.load(path, map_location="cpu", weights_only=True)
+            threshold = float(held["threshold"])
+        except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+            raise AdapterError(f"{path} is no checkpoint of the official SaRA code: {error}") from None
+        named = list(model.named_parameters())
+        if set(held) - {"threshold"} != set(range(len(named))):
+            raise AdapterError(
+                f"{path} holds {len(held) - 1} parameters, {type(model).__name__} has {len(named)}; give the network "
+                "that was trained (the UNet alone)"
+            )
+        entries = {}
+        for position, (name, param) in enumerate(named):
+            index = (
+                (param.detach().reshape(-1).abs() < threshold).nonzero().view(-1).cpu().to(index_dtype(param.numel()))
+            )
+            if index.numel() != held[position].numel():
+                raise AdapterError(
+                    f"{path} holds {held[position].numel()} entries of '{name}', where this model has {index.numel()} "
+                    f"below {threshold}; give the base it was trained on, in the same dtype"
+                )
+            if index.numel():
+                change = held[position].detach().float().view(-1) - gather(param, index.to(param.device)).float().cpu()
+                dtype = str(param.dtype).removeprefix("torch.")
+                entries[name] = Entry(index, change, tuple(param.shape), dtype, fingerprint(param))
+        return SparseDelta(entries, "delta", {"method": "sara", "threshold": threshold, "from": "official checkpoint"})
