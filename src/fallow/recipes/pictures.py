@@ -203,9 +203,9 @@ def buckets(resolution: int, multiple: int = 8) -> list[Size]:
             f"{below} or {below + multiple}"
         )
     sizes = {(resolution, resolution)}
-    for width in range(multiple, resolution, multiple):
+    for width in range(multiple, 2 * resolution, multiple):
         height = round(resolution**2 / width / multiple) * multiple
-        if height <= LONGEST * width:
+        if max(width, height) <= LONGEST * min(width, height):
             sizes |= {(width, height), (height, width)}
     return sorted(sizes)
 
