@@ -113,8 +113,8 @@ READY = (
         "ready",
         "SaRA",
         "fallow.selection.sara",
-        "fraction=0.05, lr=1e-3 * exp(-350 * threshold), no nuclear norm (the paper's best is rank_weight=5e-3), "
-        "no re-selection (the paper's: reselect_at=0.5)",
+        "fraction=0.05, lr=1e-3 * exp(-350 * threshold); `fallow train` adds the paper's rank_weight=5e-3, where a "
+        "layer can take it, and reselect_at=0.5",
         "training the entries that matter least learns a new domain and forgets less than training the largest entries "
         "or all of them, with compact gradients in place of dense ones",
         "tests/selection/test_sara.py, tests/selection/test_digits.py",
@@ -178,7 +178,7 @@ READY = (
         "delta",
         "adds a trained low-rank product to each frozen matrix, through PEFT; the usual baseline",
         "ready",
-        defaults="rank=8, on the attention's to_q, to_k, to_v, to_out.0",
+        defaults="rank=8, alpha=rank, on the attention's to_q, to_k, to_v, to_out.0, lr=5e-4",
         claim="trained through PEFT's own LoraConfig, so files are interchangeable with PEFT's",
         tested="tests/recipes",
     ),
@@ -189,7 +189,7 @@ READY = (
         "delta",
         "passes any configuration of PEFT through the same recipe: --option peft_type=LOHA",
         "ready",
-        defaults="those of the PEFT configuration",
+        defaults="those of the PEFT configuration, on the attention's layers, lr=5e-4; needs peft_type",
         claim="an adapter that is trained here is one that PEFT loads",
         tested="tests/recipes",
     ),
@@ -200,6 +200,7 @@ READY = (
         "full",
         "trains every weight with AdamW; the upper bound of memory, and of forgetting",
         "ready",
+        defaults="lr=5e-5, weight_decay=0.01",
         claim="what all others are compared with",
         tested="tests/recipes, tests/selection/test_digits.py",
     ),

@@ -77,6 +77,12 @@ def test_the_catalogue_is_complete_and_its_tests_exist(request):
             assert (request.config.rootpath / path).exists(), path
 
 
+def test_the_ready_methods_are_those_that_the_recipe_trains_with():
+    from fallow.recipes.methods import METHODS
+
+    assert {card.slug for card in catalogue.methods() if card.ready} == set(METHODS)
+
+
 def test_a_card_is_checked_when_it_is_made_and_a_slug_is_given_once(monkeypatch):
     with pytest.raises(ConfigError, match=r"idea='selektion' does not exist \(did you mean 'selection'"):
         Card("x", "X", "", "selektion", "does x")

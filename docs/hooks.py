@@ -1,0 +1,150 @@
+"""Pages that are made, not written: methods from the catalogue, commands from the command line itself.
+
+A page of docs/ that holds `<!-- commands -->` gets the tables of all commands there; methods/ is made whole; the
+contributing and changelog pages are the files of the repository's root.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+from fallow import catalogue  # noqa: E402
+from fallow.catalogue import Card  # noqa: E402
+
+
+def on_config(config: Any) -> Any:
+    """Put the method pages into the navigation."""
+    ready = [card for card in catalogue.methods() if card.ready]
+    for entry in config["nav"]:
+        if isinstance(entry, dict) and "Methods" in entry:
+            entry["Methods"] = ["methods/index.md", *({title(card): f"methods/{card.slug}.md"} for card in ready)]
+    return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pages that have no file."""
+    pages = {
+        "methods/index.md": overview(),
+        "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
+        "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
+    }
+    pages |= {f"methods/{card.slug}.md": method_page(card) for card in catalogue.methods() if card.ready}
+    for place, text in pages.items():
+        files.append(File.generated(config, place, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Fill in the marks: the tables of the commands, and the picture where it has been made."""
+    if "<!-- commands -->" in markdown:
+        markdown = markdown.replace("<!-- commands -->", "\n\n".join(commands()))
+    picture = "![the base model, SaRA, real pictures of the style](assets/readme.png)"
+    made = (ROOT / "docs/assets/readme.png").exists()
+    return markdown.replace("<!-- picture -->", picture if made else "")
+
+
+# -- methods ----------------------------------------------------------------------------------------------------------
+
+
+def title(card: Card) -> str:
+    return card.name or {"lora": "LoRA", "peft": "Any PEFT method", "full": "Full fine-tuning"}[card.slug]
+
+
+def overview() -> str:
+    """All cards, in two tables."""
+    lines = ["# Methods", "", "## Ready", "", "| method | idea | what it does |", "| --- | --- | --- |"]
+    cards = catalogue.methods()
+    lines += [f"| [{title(c)}]({c.slug}.md) | {c.idea} | {c.purpose} |" for c in cards if c.ready]
+    lines += ["", "## Planned", "", "Their specifications are written; their code is not.", ""]
+    lines += ["| method | idea | what it is for | paper |", "| --- | --- | --- | --- |"]
+    lines += [f"| {c.slug} | {c.idea} | {c.purpose} | [{c.title}]({c.link}) |" for c in cards if not c.ready]
+    return "\n".join(lines) + "\n"
+
+
+def method_page(card: Card) -> str:
+    """A card in full, with how to use it and the docstrings of its module and class."""
+    facts = [("Idea", card.idea), ("Defaults", card.defaults), ("Claim", card.claim), ("Tested in", f"`{card.tested}`")]
+    paper = f"[{card.title}]({card.link}), arXiv {card.arxiv}" if card.link else ""
+    lines = [f"# {title(card)}", "", f"{card.slug}: {card.purpose}.", "", "| | |", "| --- | --- |"]
+    lines += [f"| {name} | {text} |" for name, text in [("Paper", paper), *facts] if text]
+    lines += ["", "```bash", f"fallow train --method {card.slug}{EXTRA.get(card.slug, '')}", "```", ""]
+    if card.home:
+        lines += ["```python", *use(card), "```", "", "## The method", "", module_text(card), "", "## The class", ""]
+        lines += [f"::: {card.home}.{card.name}", "    options:", "      members: false"]
+        lines += ["", "Saving, loading, scales and resuming are those of [every selective method](../python.md)."]
+    return "\n".join(lines) + "\n"
+
+
+EXTRA = {"sara": " --fraction 0.05", "shira": " --mask snip", "lora": " --rank 8", "peft": " --option peft_type=LOHA"}
+
+
+def use(card: Card) -> list[str]:
+    more = ", batches=batches, loss=loss" if card.slug == "lt-sft" else ""
+    return [
+        "import fallow",
+        "",
+        f"optimizer = fallow.{card.name}(model{more})  # in place of torch.optim.AdamW(model.parameters())",
+        "loss.backward(); optimizer.step(); optimizer.zero_grad()" if not more else "...",
+        'optimizer.save("adapter.safetensors")',
+    ]
+
+
+def module_text(card: Card) -> str:
+    """The text at the top of the method's module; indented lines become a block of code, as they are meant."""
+    path = ROOT / "src" / Path(*card.home.split(".")).with_suffix(".py")
+    text = path.read_text(encoding="utf-8").split('"""')[1]
+    return "\n".join(escaped(line) for line in text.strip().splitlines())
+
+
+def escaped(line: str) -> str:
+    return line if line.startswith("    ") else re.sub(r"([|*<])", r"\\\1", line)
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+def commands() -> Iterator[str]:
+    """A section for each command, read from the commands themselves."""
+    import typer
+
+    from fallow.cli import GENERATED, app
+
+    group = typer.main.get_command(app)
+    for name in ("train", "generate", "evaluate", "compare", "probe", "doctor", "methods"):
+        yield section(name, GENERATED[name]() if name in GENERATED else group.commands[name])
+    for name, command in group.commands["adapter"].commands.items():
+        yield section(f"adapter {name}", command)
+
+
+def section(name: str, command: Any) -> str:
+    lines = [f"## fallow {name}", "", plain(command.help or ""), ""]
+    examples = re.findall(r"\[bold\](.*?)\[/\]", command.epilog or "")
+    lines += ["```bash", *examples, "```", ""] if examples else []
+    rows = [row(parameter) for parameter in command.params if not getattr(parameter, "hidden", False)]
+    return "\n".join([*lines, "| argument | | |", "| --- | --- | --- |", *rows])
+
+
+def row(parameter: Any) -> str:
+    argument = parameter.param_type_name == "argument"
+    names = [parameter.name.upper()] if argument else [*parameter.opts, *parameter.secondary_opts]
+    kind = "" if argument or parameter.is_flag else (parameter.metavar or "")
+    default = parameter.default
+    said = plain(parameter.help or "").replace("\\[", "[")
+    if isinstance(default, str | int | float | Path) and not isinstance(default, bool) and "default:" not in said:
+        said += f" (default: {default})"
+    cells = (", ".join(f"`{name}`" for name in names), f"`{kind}`" if kind else "", said)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def plain(text: str) -> str:
+    """Without the marks of rich."""
+    return re.sub(r"\[/?(bold)?\]", "", text).replace("<", "&lt;").strip()
