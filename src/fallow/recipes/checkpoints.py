@@ -64,7 +64,7 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any], keep: int) -> P
     folder = run / "checkpoints" / f"step-{step:06d}"
     tensors, rest = split(state)
     with atomic_directory(folder) as partial:
-        write_tensors(partial / "state.safetensors", tensors)
+        write_tensors(partial / "state.safetensors", tensors, {"format": "pt"})
         write_json(partial / "state.json", rest)
     if keep:
         for old in checkpoints(run)[:-keep]:
@@ -90,7 +90,7 @@ def load_checkpoint(run: Path) -> dict[str, Any]:
             f"{run} has no checkpoint to go on from; train anew with: fallow train --config {run}/config.toml"
         )
     newest = found[-1]
-    advice = f"delete {newest} to go on from the checkpoint before it" if len(found) > 1 else "train anew"
+    advice = f"delete {newest} to go on from the one before" if len(found) > 1 else "train anew"
     try:
         tensors, _ = read_tensors(newest / "state.safetensors")
         state = join(tensors, json.loads((newest / "state.json").read_text(encoding="utf-8")))

@@ -64,12 +64,14 @@ class Trained(Protocol):
     trained values exactly, by name: for averages over the steps.
     """
 
-    optimizer: torch.optim.Optimizer
     trained_parameters: int
     total_parameters: int
     trained_where: dict[str, tuple[int, int]]
-    threshold: float | None
 
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
+    @property
+    def threshold(self) -> float | None: ...
     @property
     def events(self) -> list[dict[str, Any]]: ...
     def trainable(self) -> list[nn.Parameter]: ...

@@ -156,7 +156,7 @@ def train(
         run_directory.claim(folder)
     try:
         state = load_checkpoint(folder) if resumed else None
-        run = Run.prepare(config, folder, state, console)
+        run = Run(config, folder, state, console)
     except BaseException:
         if not resumed:  # nothing is trained yet: leave no half-made run in the way of the next try
             shutil.rmtree(folder, ignore_errors=True)
@@ -195,13 +195,14 @@ def resumed_config(config: TrainConfig) -> tuple[TrainConfig, Path]:
 class Run:
     """A run on its way: the network in training, the data, and what is written about it."""
 
-    def __init__(self, config: TrainConfig, folder: Path, console: Console) -> None:
+    def __init__(self, config: TrainConfig, folder: Path, state: dict[str, Any] | None, console: Console) -> None:
+        """Everything up to the first step; with `state`, of a checkpoint, up to the first step after it."""
         self.config, self.folder, self.console = config, folder, console
         self.step, self.seconds = 0, 0.0  # updates made, and the time they took
+        self.device = chosen_device(config.device)
         self.pictures = read_pictures(training_folder(config.data), config.prompt)
         self.class_pictures = read_pictures(config.class_data, config.class_prompt) if config.class_data else []
-        self.device = chosen_device(config.device)
-        console.print(f"loading {config.model}", markup=False, highlight=False)
+        self.say(f"loading {config.model}")
         self.pipeline = load_pipeline(config.model, device=config.device)
         self.pipeline.vae.requires_grad_(False)
         self.pipeline.text_encoder.requires_grad_(False)
@@ -211,36 +212,38 @@ class Run:
             self.pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=config.prediction)
         self.noise = DDPMScheduler.from_config(self.pipeline.scheduler.config)
         self.prediction: Prediction = self.noise.config.prediction_type
+        self.average: MovingAverage | None = None
 
-    @classmethod
-    def prepare(cls, config: TrainConfig, folder: Path, state: dict[str, Any] | None, console: Console) -> Run:
-        """Everything up to the first step; with `state`, of a checkpoint, up to the first step after it."""
-        run = cls(config, folder, console)
-        run.encode()
+        self.encode()
         if config.samples and state is None:
-            run.draw_samples("before")
-            run.show_examples()
-        run.trained = run.put_into_training()
-        run.average = MovingAverage(run.trained, config.ema_decay) if config.ema else None
-        run.scaler = torch.amp.GradScaler(run.device.type, enabled=config.precision == "fp16")
-        run.rates = [group["lr"] for group in run.trained.optimizer.param_groups]
-        run.info = run_directory.read_info(folder) | run.described()
+            self.draw_samples("before")
+            self.show_examples()
+
+        self.trained = self.put_into_training()
+        self.rates = [group["lr"] for group in self.trained.optimizer.param_groups]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        if config.ema:
+            self.average = MovingAverage(self.trained, config.ema_decay)
         if state is not None:
-            run.load_state_dict(state)
+            self.load_state_dict(state)
+
         with atomic_write(folder / "config.toml") as partial:
             partial.write_text(to_toml(config, exclude={"output", "resume"}), encoding="utf-8")
-        run_directory.write_info(folder, run.info, status="running", error=None)
-        run.journal = Journal(folder, config.steps, run.step, run.device, console)
+        self.info = run_directory.read_info(folder) | self.described()
+        run_directory.write_info(folder, self.info, status="running", error=None)
+        self.journal = Journal(folder, config.steps, self.step, self.device, console)
         if state is not None:
-            run.journal.event("resume", run.step)
-        return run
+            self.journal.event("resume", self.step)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False)
 
     # -- before the first step ----------------------------------------------------------------------------------------
 
     def encode(self) -> None:
         """Latents and embeddings of the pictures and, for prior preservation, of those of the class."""
         config = self.config
-        self.console.print(f"encoding {len(self.pictures)} pictures", markup=False, highlight=False)
+        self.say(f"encoding {len(self.pictures)} pictures")
         self.sizes = self.fitted(self.pictures)
         self.examples = Examples(self.pipeline, self.pictures, self.sizes, flip=config.flip)
         self.batches = Batches(self.sizes, config.batch_size * config.accumulation, config.seed)
@@ -284,10 +287,7 @@ class Run:
         )  # fmt: skip
         trained = make_method(config.method, order)
         self.network.train()
-        self.console.print(
-            f"{config.method}: {trained.trained_parameters:,} of {trained.total_parameters:,} parameters", markup=False,
-            highlight=False,
-        )  # fmt: skip
+        self.say(f"{config.method}: {trained.trained_parameters:,} of {trained.total_parameters:,} parameters")
         return trained
 
     def described(self) -> dict[str, Any]:
@@ -461,8 +461,7 @@ class Run:
     def draw_samples(self, name: str) -> None:
         """samples/<name>.png: the prompts, each from the same noise every time; with the average where there is one."""
         prompts = self.prompts()
-        averaged = getattr(self, "average", None)
-        with averaged.shown() if averaged is not None else contextlib.nullcontext():
+        with self.averaged():
             pictures: list[Image.Image] = []
             for begin in range(0, len(prompts), COLUMNS):
                 some = prompts[begin : begin + COLUMNS]
@@ -474,6 +473,10 @@ class Run:
         opened = [open_picture(picture.path) for picture in self.chosen_pictures()]
         side = int(self.network.config.sample_size) * int(self.pipeline.vae_scale_factor)
         self.write_sheet("examples", [picture.resize((side, side)) for picture in opened])
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block the network has the averaged values, where an average is asked for."""
+        return contextlib.nullcontext() if self.average is None else self.average.shown()
 
     def write_sheet(self, name: str, pictures: Sequence[Image.Image]) -> None:
         with atomic_write(self.folder / "samples" / f"{name}.png") as partial:
@@ -489,7 +492,7 @@ class Run:
             "base_model": config.model, "data": config.data, "steps": self.step, "lr": self.rates[0],
             "batch_size": config.batch_size * config.accumulation, "seed": config.seed, "ema": config.ema,
         }  # fmt: skip
-        with self.average.shown() if self.average is not None else contextlib.nullcontext():
+        with self.averaged():
             self.trained.save_adapter(adapter, metadata)
         if config.samples:
             self.draw_samples("after")
