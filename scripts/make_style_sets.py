@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 import garments
+from fallow.core.files import atomic_directory
 
 ASSETS = Path(__file__).resolve().parents[1] / "src/fallow/assets"
 TRAINED = [label for label in range(10) if label not in garments.HELD_OUT]
@@ -129,21 +129,16 @@ def page(rows: Sequence[Drawn], columns: int, side: int = 64) -> Image.Image:
 
 
 def publish(sets: dict[str, dict[str, Drawn]], folder: Path, card: str) -> None:
-    """Write the sets with card, licence and a page of samples beside `folder`, then put all in its place."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for name, halves in sets.items():
-        for half, drawn in halves.items():
-            write_half(drawn, partial / name / half)
-        (partial / name / "LICENSE").write_text(garments.LICENSE)
-    page([halves["train"] for halves in sets.values()], columns=16).quantize(128).save(
-        partial / "samples.png", optimize=True
-    )
-    (partial / "LICENSE").write_text(garments.LICENSE)
-    (partial / "README.md").write_text(filled(card, sets))
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    """Write the sets with card, licence and a page of samples; all take the place of `folder` when they are whole."""
+    with atomic_directory(folder) as partial:
+        for name, halves in sets.items():
+            for half, drawn in halves.items():
+                write_half(drawn, partial / name / half)
+            (partial / name / "LICENSE").write_text(garments.LICENSE)
+        (partial / "LICENSE").write_text(garments.LICENSE)
+        (partial / "README.md").write_text(filled(card, sets))
+        samples = page([halves["train"] for halves in sets.values()], columns=16)
+        samples.quantize(128).save(partial / "samples.png", optimize=True)
 
 
 def filled(card: str, sets: dict[str, dict[str, Drawn]]) -> str:

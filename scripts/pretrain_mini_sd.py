@@ -36,6 +36,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import garments
 from fallow.analysis.features import GarmentNet
 from fallow.analysis.images import alignment, frechet_distance
+from fallow.core.files import atomic_directory
 
 ASSETS = Path(__file__).resolve().parents[1] / "src/fallow/assets"
 TOKENS = 32  # length of a prompt in tokens, begin and end included
@@ -342,10 +343,7 @@ def train_unet(data: Data, work: Path, steps: int, rng: torch.Generator) -> None
 
 
 def export(data: Data, work: Path, assets: Path, seed: int) -> None:
-    """Write the pipeline directory in fp16 and the feature network, with the figures of 500 sampled pictures.
-
-    Both folders are made beside their places and put there when all is done.
-    """
+    """Write the pipeline directory in fp16 and the feature network; both are put in their places when all is done."""
     vae, unet = AutoencoderKL.from_pretrained(work / "vae"), UNet2DConditionModel.from_pretrained(work / "unet")
     text = CLIPTextModel.from_pretrained(work / "text_encoder")
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer", model_max_length=TOKENS)
@@ -355,9 +353,12 @@ def export(data: Data, work: Path, assets: Path, seed: int) -> None:
         vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
-    folder, net_folder = assets / "mini-sd.partial", assets / "garment-net.partial"
-    for partial in (folder, net_folder):
-        shutil.rmtree(partial, ignore_errors=True)
+    with atomic_directory(assets / "mini-sd") as folder, atomic_directory(assets / "garment-net") as net_folder:
+        write_folders(data, work, pipeline, folder, net_folder, seed)
+
+
+def write_folders(data: Data, work: Path, pipeline: Any, folder: Path, net_folder: Path, seed: int) -> None:
+    """Weights, licences, and the figures of 500 sampled pictures as JSON and on the cards."""
     pipeline.save_pretrained(folder)
     for name in ("vocab.json", "merges.txt"):  # what loaders read before tokenizer.json was the only format
         shutil.copy(work / "tokenizer" / name, folder / "tokenizer")
@@ -418,10 +419,8 @@ def export(data: Data, work: Path, assets: Path, seed: int) -> None:
     sheet = pictures[: 8 * 12].unflatten(0, (12, 8)).permute(0, 3, 1, 4, 2).reshape(12 * 32, 8 * 32, 3)
     samples = Image.fromarray(sheet.mul(255).round().byte().numpy())
     samples.resize((768, 1152), Image.Resampling.NEAREST).save(folder / "samples.png", optimize=True)
-    for partial in (folder, net_folder):
-        (partial / "LICENSE-fashion-mnist").write_text(garments.LICENSE)
-        shutil.rmtree(partial.with_suffix(""), ignore_errors=True)
-        partial.rename(partial.with_suffix(""))
+    for made in (folder, net_folder):
+        (made / "LICENSE-fashion-mnist").write_text(garments.LICENSE)
 
 
 def read_seconds(work: Path) -> dict[str, float]:
