@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         FallowError,
         ModelError,
         SelectionError,
+        TrainingError,
     )
     from fallow.core.schedule import step
     from fallow.core.sparse import Adapters, SparseDelta
@@ -50,6 +51,7 @@ __all__ = [
     "SelectionError",
     "Selective",
     "SparseDelta",
+    "TrainingError",
     "methods",
     "step",
 ]
@@ -71,6 +73,7 @@ _HOME = {
     "SelectionError": "fallow.core.errors",
     "Selective": "fallow.selection.selective",
     "SparseDelta": "fallow.core.sparse",
+    "TrainingError": "fallow.core.errors",
     "methods": "fallow.catalogue",
     "step": "fallow.core.schedule",
 }
