@@ -1,0 +1,321 @@
+"""What can be done with finished adapters: look inside, merge into a base, combine several, see how two differ.
+
+describe("runs/sara-blueprint-1/adapter")
+merge_into("mini-sd", [("a.safetensors", 0.6), ("b.safetensors", 0.6)], Path("merged"))
+combine([("a.safetensors", 0.6), ("b.safetensors", 0.6)], Path("both.safetensors"))
+differ("a.safetensors", "b.safetensors")
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fallow import assets
+from fallow.core import sparse
+from fallow.core.errors import AdapterError, ConfigError, ModelError
+from fallow.core.files import atomic_directory
+from fallow.core.sparse import WEIGHTS, SparseDelta
+from fallow.recipes import adapter_files
+from fallow.recipes.adapter_files import adapter_size, kind_of, locate, read_config, shapes_in
+from fallow.recipes.pipelines import apply_adapters, load_pipeline
+from fallow.report.run import block_of
+
+# Settings of PEFT's adapter_config.json that say what was trained; the others are of no interest to most.
+PEFT_SETTINGS = ("peft_type", "r", "lora_alpha", "alpha", "target_modules", "use_dora", "use_rslora")
+
+# -- looking inside ---------------------------------------------------------------------------------------------------
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """What an adapter of any kind holds (JSON-able).
+
+    `facts`: kind, method, trained entries, tensors, bytes, and what its training noted. `blocks`: for each block of the
+    network `trained` entries, `numel` of its adapted weights, `norm` and `largest` of the changes; None where the file
+    alone cannot tell. `remarks`: sentences. Raises AdapterError.
+    """
+    place, kind = locate(path), kind_of(path)
+    trained, size = adapter_size(place)
+    if kind == "sparse":
+        facts, blocks, remarks = _describe_sparse(SparseDelta.load(place))
+    else:
+        facts, blocks, remarks = _describe_dense(place, kind)
+    told = {"kind": kind, "trained": trained, "bytes": size}
+    told |= {name: value for name, value in facts.items() if name not in told and value is not None}
+    return {"facts": told, "blocks": blocks, "remarks": remarks}
+
+
+def _describe_sparse(delta: SparseDelta) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    blocks: dict[str, dict[str, Any]] = {}
+    known = delta.store == "delta"
+    for name, entry in delta.entries.items():
+        block = blocks.setdefault(
+            block_of(name),
+            {"trained": 0, "numel": 0, "norm": 0.0 if known else None, "largest": 0.0 if known else None},
+        )
+        block["trained"] += entry.index.numel()
+        block["numel"] += entry.numel
+        if known and entry.values.numel():
+            block["norm"] = math.hypot(block["norm"], float(entry.values.double().norm()))
+            block["largest"] = max(block["largest"], float(entry.values.abs().max()))
+    numel = sum(entry.numel for entry in delta.entries.values())
+    remarks = []
+    if not known:
+        remarks.append("it stores the trained values; how far they moved is known only beside the base")
+    if any(not entry.fingerprint for entry in delta.entries.values()):
+        remarks.append("it has no fingerprint of its base, so that another base is not noticed")
+    facts = {
+        "tensors": len(delta.entries),
+        "numel": numel,
+        "share": delta.trained / numel if numel else None,
+        "store": delta.store,
+        "norm": math.hypot(*(b["norm"] for b in blocks.values())) if known else None,
+        "largest": max((b["largest"] for b in blocks.values()), default=0.0) if known else None,
+    }
+    return {**delta.metadata, **facts}, blocks, remarks
+
+
+def _describe_dense(place: Path, kind: str) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Of kinds whose files hold no changes: factors of PEFT's, or all the weights."""
+    shapes = shapes_in(place / WEIGHTS)
+    noted = adapter_files.header(place / WEIGHTS)
+    blocks: dict[str, dict[str, Any]] = {}
+    for name, shape in shapes.items():
+        size = math.prod(shape)
+        block = blocks.setdefault(
+            block_of(name.removeprefix(adapter_files.PREFIX)),
+            {"trained": 0, "numel": 0 if kind == "full" else None, "norm": None, "largest": None},
+        )
+        block["trained"] += size
+        if kind == "full":
+            block["numel"] += size
+    facts = dict(noted.get("metadata", {}))
+    remarks = []
+    if kind == "peft":
+        config = read_config(place)
+        facts |= {key: config[key] for key in PEFT_SETTINGS if config.get(key) not in (None, False)}
+        remarks.append("trained counts the entries of PEFT's factors; what they change is known only when merged")
+    else:
+        remarks.append("it holds all weights; how far they moved is told by fallow adapter diff BASE/unet THIS")
+    if not noted.get("base"):
+        remarks.append("it has no fingerprint of its base, so that another base is not noticed")
+    return {**facts, "tensors": len(shapes)}, blocks, remarks
+
+
+# -- combining --------------------------------------------------------------------------------------------------------
+
+
+def combine(adapters: Sequence[tuple[str, float]], output: Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Write the sum of scale x change of sparse adapters of one base as one adapter; `written`, `trained`, `bytes`.
+
+    `output`: NAME.safetensors for one file, any other name for an adapter directory. Raises ConfigError where that is
+    in use, AdapterError for adapters that are not sparse, are broken, or are of different bases.
+    """
+    if not adapters:
+        raise ConfigError("there is no adapter to combine; give one or more of PATH[:SCALE]")
+    _unused(output, overwrite, directory=output.suffix != ".safetensors")
+    for path, _ in adapters:
+        if (kind := kind_of(path)) != "sparse":
+            raise AdapterError(
+                f"{path} is of kind {kind}, and only sparse adapters can be combined into one; put several of any kind "
+                "into a model with: fallow adapter merge"
+            )
+    read = [(SparseDelta.load(locate(path)), scale) for path, scale in adapters]
+    same = {
+        key: value
+        for key, value in read[0][0].metadata.items()
+        if key != "method" and all(delta.metadata.get(key) == value for delta, _ in read)
+    }
+    made = sparse.combine(read, **same)
+    written = made.save(output)
+    trained, size = adapter_size(written)
+    return {"written": str(written), "trained": trained, "bytes": size}
+
+
+# -- comparing --------------------------------------------------------------------------------------------------------
+
+
+def differ(first: str | Path, second: str | Path) -> dict[str, Any]:
+    """How two sparse adapters of one base, or two checkpoints, differ (JSON-able).
+
+    Adapters: {"kind": "adapters", "shared", "first_trained", "second_trained" entries, "cosine" of the changes,
+    "tensors": the same by weight}; cosine is None where one stores values instead of changes. Checkpoints:
+    {"kind": "checkpoints"} and what `compare_checkpoints` tells. Raises AdapterError or ModelError.
+    """
+    places = [_adapter_or_checkpoint(path) for path in (first, second)]
+    are_sparse = [sparse.is_sparse(place) for place in places]
+    if all(are_sparse):
+        return _differ_sparse(*places)
+    if any(are_sparse):
+        one, other = (first, second) if are_sparse[0] else (second, first)
+        raise AdapterError(f"{one} is a sparse adapter and {other} is none; give two of the same kind")
+    return {"kind": "checkpoints", **compare_checkpoints(*places)}
+
+
+def _adapter_or_checkpoint(path: str | Path) -> Path:
+    place = Path(path).expanduser()
+    return locate(place) if place.exists() else place
+
+
+def _differ_sparse(first: Path, second: Path) -> dict[str, Any]:
+    one, other = SparseDelta.load(first), SparseDelta.load(second)
+    found = sparse.overlap(one, other)
+    changes = one.store == other.store == "delta"
+
+    def told(part: Mapping[str, float]) -> dict[str, Any]:
+        return {
+            "shared": int(part["shared"]),
+            "first_trained": int(part["first"]),
+            "second_trained": int(part["second"]),
+            "cosine": part["cosine"] if changes else None,
+        }
+
+    return {
+        "kind": "adapters",
+        "first": str(first),
+        "second": str(second),
+        **told(found[""]),
+        "tensors": {name: told(part) for name, part in found.items() if name},
+    }
+
+
+def compare_checkpoints(first: Path, second: Path) -> dict[str, Any]:
+    """Which entries differ between two checkpoints: safetensors files, or directories of them (a model, a pipeline).
+
+    One tensor of each is read at a time. Returns `tensors` (name -> changed, numel, largest, relative) for those that
+    differ, `changed` and `total` entries, `relative` = ||b - a|| / ||a||, and the names that only one of them has.
+    Raises ModelError where one cannot be read, or tensors of one name differ in shape.
+    """
+    a, b = tensors_in(first), tensors_in(second)
+    tensors: dict[str, dict[str, Any]] = {}
+    changed = total = 0
+    moved = size = 0.0
+    for name in a:
+        if name not in b:
+            continue
+        x, y = _tensor(*a[name]), _tensor(*b[name])
+        if x.shape != y.shape:
+            raise ModelError(
+                f"{name} is {tuple(x.shape)} in {first} and {tuple(y.shape)} in {second}; give checkpoints of one model"
+            )
+        different = int((x != y).sum()) if x.is_floating_point() or x.dtype == y.dtype else x.numel()
+        total += x.numel()
+        wide = x.double()
+        norm = float(wide.norm())
+        size += norm**2
+        if different:
+            delta = y.double() - wide
+            moved += float(delta.norm()) ** 2
+            changed += different
+            tensors[name] = {
+                "changed": different,
+                "numel": x.numel(),
+                "largest": float(delta.abs().max()),
+                "relative": float(delta.norm()) / norm if norm else float("inf"),
+            }
+    return {
+        "first": str(first),
+        "second": str(second),
+        "changed": changed,
+        "total": total,
+        "relative": (moved / size) ** 0.5 if size else 0.0,
+        "only_in_first": sorted(a.keys() - b.keys()),
+        "only_in_second": sorted(b.keys() - a.keys()),
+        "tensors": tensors,
+    }
+
+
+def tensors_in(place: Path) -> dict[str, tuple[Path, str]]:
+    """Name -> (file, key) of every tensor of a checkpoint. In a directory the names begin with the part's folder.
+
+    Where a folder holds several precisions of the same weights, the plain one counts. Raises ModelError.
+    """
+    if place.is_file():
+        files = [place]
+    elif place.is_dir():
+        files = [file for file in sorted(place.rglob("*.safetensors")) if not _variant(file)]
+        files = files or sorted(place.rglob("*.safetensors"))
+    else:
+        raise ModelError(f"{place} does not exist; give a safetensors file, or a directory that holds some")
+    if not files:
+        raise ModelError(f"{place} holds no safetensors file; give a model, a pipeline or an adapter")
+    found: dict[str, tuple[Path, str]] = {}
+    for file in files:
+        inner = file.parent.relative_to(place).as_posix() if place.is_dir() else "."
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118  safe_open is no mapping
+                    found[key if inner == "." else f"{inner}/{key}"] = (file, key)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} cannot be read ({error}); it may have been cut off: copy it again") from None
+    return found
+
+
+def _variant(file: Path) -> bool:
+    return ".fp16." in file.name or ".non_ema." in file.name
+
+
+def _tensor(file: Path, key: str) -> Tensor:
+    with safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(key)
+
+
+# -- merging ----------------------------------------------------------------------------------------------------------
+
+
+def merge_into(
+    model: str,
+    adapters: Sequence[tuple[str, float]],
+    output: Path,
+    *,
+    force: bool = False,
+    overwrite: bool = False,
+    dtype: str = "float32",
+) -> dict[str, Any]:
+    """Write the base with the adapters merged into it as a full pipeline directory, which diffusers loads alone.
+
+    Raises ConfigError where `output` is in use, or is the base itself (which is never written over); AdapterError and
+    ModelError as loading does. What is written appears under its name only when it is complete.
+    """
+    if not adapters:
+        raise ConfigError("there is no adapter to merge; give one or more of PATH[:SCALE]")
+    kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype not in kinds:
+        raise ConfigError(f"dtype={dtype} is unknown; give float32, float16 or bfloat16")
+    _free(output, overwrite, model)
+    pipeline = load_pipeline(model, device="cpu")
+    apply_adapters(pipeline, list(adapters), force=force)
+    pipeline.to(kinds[dtype])
+    with atomic_directory(output) as partial:
+        pipeline.save_pretrained(partial, safe_serialization=True)
+    return {"written": str(output), "bytes": sum(file.stat().st_size for file in output.rglob("*") if file.is_file())}
+
+
+def _free(output: Path, overwrite: bool, model: str) -> None:
+    """ConfigError unless a pipeline may be written there: not the base, nor in or around it, nothing that is none."""
+    base = assets.MINI_SD if model == "mini-sd" else Path(model).expanduser()
+    base, target = base.resolve(), output.resolve()
+    if base.exists() and (target == base or target in base.parents or base in target.parents):
+        raise ConfigError(
+            f"--output {output} is, or lies in or around, the base {model}, which is never written over; give another"
+        )
+    _unused(output, overwrite, directory=True)
+    if output.is_dir() and any(output.iterdir()) and not (output / "model_index.json").is_file():
+        raise ConfigError(f"--output {output} holds something that is no pipeline, which is kept; give another place")
+
+
+def _unused(output: Path, overwrite: bool, *, directory: bool) -> None:
+    """ConfigError where something is there already: of the other sort, or of the same sort unless `overwrite`."""
+    if not output.exists():
+        return
+    if output.is_dir() != directory:
+        sort = "file" if directory else "folder"
+        raise ConfigError(f"--output {output} is a {sort} already; give another place")
+    if (not directory or any(output.iterdir())) and not overwrite:
+        raise ConfigError(f"--output {output} exists already; give another place, or --overwrite")
