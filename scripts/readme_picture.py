@@ -54,6 +54,8 @@ class Row:
 
 def make_row(run: Path, first: int, seed: int) -> Row:
     """Draw for one run, on the test pictures from `first` on. FallowError where run, model or data cannot be used."""
+    if not run.is_dir():
+        raise DataError(f"{run} is no folder; give the directory of a finished run")
     settings, info = settings_of(run), read_info(run)
     if info.get("status") != "finished":
         raise DataError(f"{run} is not finished (status {info.get('status')}); go on with: fallow train --resume {run}")

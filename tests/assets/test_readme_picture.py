@@ -98,8 +98,10 @@ def test_below_a_picture_stands_the_subject_of_its_prompt(readme, prompt, subjec
     assert readme.short(prompt) == subject
 
 
-def test_a_run_that_is_not_finished_is_refused_before_anything_is_drawn(readme, run, calls):
+def test_a_run_that_is_missing_or_not_finished_is_refused_before_anything_is_drawn(readme, run, calls):
     write_json(run / "run.json", {"status": "stopped"})
     with pytest.raises(DataError, match=r"is not finished \(status stopped\); go on with: fallow train --resume"):
         readme.make_row(run, first=0, seed=0)
+    with pytest.raises(DataError, match="nowhere is no folder"):
+        readme.make_row(run / "nowhere", first=0, seed=0)
     assert calls == []
