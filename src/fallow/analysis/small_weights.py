@@ -102,6 +102,25 @@ def without_small(parameters: Mapping[str, torch.Tensor], threshold: float) -> I
                 p[small] = values
 
 
+def asked_thresholds(
+    parameters: Mapping[str, torch.Tensor], thresholds: Sequence[float] = (), shares: Sequence[float] = ()
+) -> list[float]:
+    """The thresholds, and those that the shares of the entries amount to, in order.
+
+    Raises SelectionError for thresholds or shares that are not above 0, or where there are none.
+    """
+    if not thresholds and not shares:
+        raise SelectionError("nothing to zero: give thresholds=[1e-3, ...] or shares=[0.1, ...]")
+    for threshold in thresholds:
+        if not threshold > 0:
+            raise SelectionError(f"threshold={threshold} zeroes nothing; give a threshold above 0")
+    quantiles = threshold_of(parameters, shares)
+    for share, threshold in zip(shares, quantiles, strict=True):
+        if not threshold > 0:
+            raise SelectionError(f"share {share} of the entries is exactly zero already; give a larger share")
+    return sorted({*thresholds, *quantiles})
+
+
 def zero_small(
     model: nn.Module,
     judge: Callable[[nn.Module], Mapping[str, float | None]],
@@ -119,17 +138,8 @@ def zero_small(
     Raises SelectionError for thresholds or shares that are not above 0, or where there are none.
     """
     parameters = eligible(model, include, exclude)
-    if not thresholds and not shares:
-        raise SelectionError("nothing to zero: give thresholds=[1e-3, ...] or shares=[0.1, ...]")
-    for threshold in thresholds:
-        if not threshold > 0:
-            raise SelectionError(f"threshold={threshold} zeroes nothing; give a threshold above 0")
+    asked = asked_thresholds(parameters, thresholds, shares)
     total = sum(p.numel() for p in parameters.values())
-    quantiles = threshold_of(parameters, shares)
-    for share, threshold in zip(shares, quantiles, strict=True):
-        if not threshold > 0:
-            raise SelectionError(f"share {share} of the entries is exactly zero already; give a larger share")
-    asked = sorted({*thresholds, *quantiles})
     rows = [{"threshold": 0.0, "zeroed": 0, "total": total, "share": 0.0, **judge(model)}]
     for threshold in asked:
         with without_small(parameters, threshold) as zeroed:

@@ -78,22 +78,47 @@ def load_pipeline(model: str, device: str | None = None, dtype: torch.dtype = to
     progress bars, in eval mode. Weights are read from safetensors only. Raises ModelError or ConfigError.
     """
     place = chosen_device(device)
-    source = assets.MINI_SD if model == "mini-sd" else Path(model).expanduser()
-    if source.is_file():
-        pipeline = _from_file(source)
-    elif source.is_dir():
-        pipeline = _from_directory(model, source)
-    elif model == "mini-sd":
-        raise ModelError(f"mini-sd is not in {source}; the installation is incomplete: install Fallow again")
-    elif model.count("/") == 1 and not model.startswith((".", "/", "~")):
-        pipeline = _from_hub(model)
-    else:
-        raise ModelError(f"model {model} does not exist; {WHAT_TO_GIVE}")
+    with quietly():
+        pipeline = _loaded(model)
+        pipeline.to(place, dtype)
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.eval()
-    return pipeline.to(place, dtype)
+    return pipeline
+
+
+def _loaded(model: str) -> Any:
+    source = assets.MINI_SD if model == "mini-sd" else Path(model).expanduser()
+    if source.is_file():
+        return _from_file(source)
+    if source.is_dir():
+        return _from_directory(model, source)
+    if model == "mini-sd":
+        raise ModelError(f"mini-sd is not in {source}; the installation is incomplete: install Fallow again")
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        return _from_hub(model)
+    raise ModelError(f"model {model} does not exist; {WHAT_TO_GIVE}")
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Within the block diffusers and transformers show no progress bars and say errors only."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    libraries = (of_diffusers, of_transformers)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, (verbosity, bars) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if bars:
+                library.enable_progress_bar()
 
 
 def _from_directory(model: str, folder: Path) -> Any:

@@ -23,7 +23,7 @@ from PIL import Image
 from fallow import assets
 from fallow.analysis.images import frechet_distance
 from fallow.analysis.judges import make_judge
-from fallow.analysis.small_weights import zero_small
+from fallow.analysis.small_weights import asked_thresholds, eligible, zero_small
 from fallow.core.errors import ConfigError
 from fallow.core.files import atomic_write
 from fallow.recipes.evaluate import EVERYDAY_PROMPTS, GARMENT_PROMPTS, opened
@@ -71,6 +71,8 @@ def probe(plan: Probe, say: Callable[[str], None] = lambda text: None) -> dict[s
     targets = {name: plan.output / name for name in ("probe.json", "probe.png", "pictures.png")}
     refuse_overwriting(list(targets.values()), plan.overwrite)
     pipeline = load_pipeline(plan.model, device=plan.device)
+    shares = list(plan.shares) or ([] if plan.thresholds else list(SHARES))
+    thresholds = asked_thresholds(eligible(pipeline.unet, plan.include, plan.exclude), plan.thresholds, shares)
     judge = make_judge(plan.vision, plan.clip, device=str(chosen_device(plan.device)))
     prompts = list(plan.prompts) or (GARMENT_PROMPTS if plan.model == "mini-sd" else EVERYDAY_PROMPTS)
     prompts = [prompts[at % len(prompts)] for at in range(plan.images)]
@@ -94,17 +96,14 @@ def probe(plan: Probe, say: Callable[[str], None] = lambda text: None) -> dict[s
     columns: list[list[Image.Image]] = []
 
     def figures(_: Any) -> Mapping[str, float | None]:
-        say(f"drawing and judging, {len(columns) + 1} of {len(plan.thresholds) + len(shares) + 1}")
+        say(f"drawing and judging, {len(columns) + 1} of {len(thresholds) + 1}")
         pictures = draw(plan.seed)
         columns.append(pictures[:SHOWN_PROMPTS])
         aligned = judge.alignment(pictures, prompts)
         distance = frechet_distance(judge.features(pictures), reference)
         return {"frechet": distance, "alignment": aligned.value, "recognised": aligned.recognised}
 
-    shares = list(plan.shares) or ([] if plan.thresholds else list(SHARES))
-    rows = zero_small(
-        pipeline.unet, figures, thresholds=plan.thresholds, shares=shares, include=plan.include, exclude=plan.exclude
-    )
+    rows = zero_small(pipeline.unet, figures, thresholds=thresholds, include=plan.include, exclude=plan.exclude)
     result = {
         "model": plan.model,
         "judge": judge.name,
