@@ -145,7 +145,7 @@ def in_style(x: torch.Tensor, name: str) -> torch.Tensor:
 def in_random_style(x: torch.Tensor, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Each picture in a family drawn at random, in random colours -> pictures `(B, 3, 32, 32)`, family indices `(B,)`.
 
-    A third stays a grey photograph. Colours are uniform in RGB, so the shipped palettes have no privilege.
+    Four in nine stay grey photographs. Colours are uniform in RGB, so the shipped palettes have no privilege.
     """
     family = torch.randint(0, 9, (len(x),), generator=rng).sub(3).clamp(min=0)
     pictures = x.expand(-1, 3, -1, -1).clone()
