@@ -79,7 +79,7 @@ def method_page(card: Card) -> str:
     lines += ["", "```bash", f"fallow train --method {card.slug}{EXTRA.get(card.slug, '')}", "```", ""]
     if card.home:
         lines += ["```python", *use(card), "```", "", "## The method", "", module_text(card), "", "## The class", ""]
-        lines += [f"::: {card.home}.{card.name}", "    options:", "      members: false"]
+        lines += [f"::: {card.home}.{card.name}", "    options:", "      members: [from_official, from_peft]"]
         lines += ["", "Saving, loading, scales and resuming are those of [every selective method](../python.md)."]
     return "\n".join(lines) + "\n"
 

@@ -74,7 +74,7 @@ def test_the_training_loop_trains_and_saves(page, names):
 
 def test_the_page_on_adapters_shows_them_in_a_model(names):
     names["optimizer"] = fallow.SaRA(names["model"], fraction=0.05)
-    saving, using = blocks(ROOT / "docs/concepts/adapters.md", "python")
+    saving, using, *_ = blocks(ROOT / "docs/concepts/adapters.md", "python")
     exec(saving, names)
     assert Path("style/adapter_config.json").is_file()
     fresh = names["make"]()
