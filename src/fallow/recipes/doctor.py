@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fallow import assets
 from fallow.analysis.memory import Estimate, estimate_dense, estimate_selective
 from fallow.core.errors import ConfigError, ModelError, SelectionError
+from fallow.recipes.pipelines import is_hub_id
 
 # What the optional packages are for. Nothing of the two main commands needs any of them.
 OPTIONAL = {
@@ -350,7 +351,7 @@ class Source:
                     f"{folder} has no unet/config.json; give a Stable Diffusion pipeline as diffusers saves it"
                 )
             return cls(name, folder)
-        if folder.exists() or name.count("/") != 1:
+        if folder.exists() or not is_hub_id(name):
             raise ModelError(
                 f"model {name} is no pipeline directory; give 'mini-sd', a directory, or a hub id like owner/name"
             )
@@ -363,7 +364,7 @@ class Source:
         try:
             return dict(UNet2DConditionModel.load_config(str(self.folder or self.name), subfolder="unet"))
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = str(error).strip().splitlines()[0].rstrip(".")
             raise ModelError(
                 f"the configuration of {self.name} cannot be read: {reason}; give 'mini-sd', a pipeline directory, or "
                 "the hub id of a model that this machine can download"

@@ -96,9 +96,14 @@ def _loaded(model: str) -> Any:
         return _from_directory(model, source)
     if model == "mini-sd":
         raise ModelError(f"mini-sd is not in {source}; the installation is incomplete: install Fallow again")
-    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+    if is_hub_id(model):
         return _from_hub(model)
     raise ModelError(f"model {model} does not exist; {WHAT_TO_GIVE}")
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether it reads like `owner/name`; whether there is such a model only the hub can tell."""
+    return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith("/")
 
 
 @contextlib.contextmanager
