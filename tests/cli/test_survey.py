@@ -36,7 +36,7 @@ def test_the_list_names_every_method_once_with_the_ready_ones_on_top(say):
     assert len(lines) == len(catalogue.methods()) >= 64
     states = [words[1] for words in lines]
     assert states == sorted(states, reverse=True)
-    assert {words[0] for words in lines if words[1] == "ready"} == READY
+    assert {words[0] for words in lines if words[1] == "ready"} >= READY
 
 
 def test_a_card_in_full_names_paper_class_defaults_claim_and_test(say):
@@ -58,11 +58,11 @@ def test_an_unknown_method_is_the_users_mistake_and_the_nearest_is_named():
     assert "there is no method 'shirra' (did you mean 'shira'?)" in result.stderr
 
 
-def test_the_catalogue_is_complete_and_its_tests_exist(request):
+def test_no_system_is_missing_and_the_tests_that_cards_name_exist(request):
     cards = fallow.methods()
     assert len({card.slug for card in cards}) == len(cards)
-    assert {card.slug for card in cards if card.ready} == READY
-    assert sum(not card.ready for card in cards) == 56
+    assert {card.slug for card in cards if card.ready} >= READY
+    assert len({card.slug for card in cards} - READY) >= 56
     for card in cards:
         assert card.purpose
         assert card.title
@@ -77,10 +77,11 @@ def test_the_catalogue_is_complete_and_its_tests_exist(request):
             assert (request.config.rootpath / path).exists(), path
 
 
-def test_the_ready_methods_are_those_that_the_recipe_trains_with():
+def test_the_recipe_trains_with_ready_methods_and_with_every_selection_among_them():
     from fallow.recipes.methods import METHODS
 
-    assert {card.slug for card in catalogue.methods() if card.ready} == set(METHODS)
+    ready = [card for card in catalogue.methods() if card.ready]
+    assert {card.slug for card in ready if card.idea == "selection"} <= set(METHODS) <= {card.slug for card in ready}
 
 
 def test_a_card_is_checked_when_it_is_made_and_a_slug_is_given_once(monkeypatch):
