@@ -80,3 +80,17 @@ def pictures(tmp_path: Path) -> Path:
         lines.append(json.dumps({"file_name": f"{number}.png", "text": f"a bag {number // 2}"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder
+
+
+@pytest.fixture
+def page() -> None:
+    """Asked for by tests of a run that look at its page; the others go without."""
+
+
+@pytest.fixture
+def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs write no page, which is most of the time of a run of three steps, unless the test asks for `page`."""
+    if "page" not in request.fixturenames:
+        from fallow.recipes import text_to_image
+
+        monkeypatch.setattr(text_to_image, "write_run_report", lambda folder: folder / "report.html")

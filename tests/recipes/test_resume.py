@@ -45,7 +45,7 @@ def assert_same_file(one: Path, other: Path) -> None:
 
 
 @pytest.fixture
-def settings(tiny_sd: Path, pictures: Path) -> Callable[..., TrainConfig]:
+def settings(tiny_sd: Path, pictures: Path, quick: None) -> Callable[..., TrainConfig]:
     def make(**more: Any) -> TrainConfig:
         few = {"steps": 12, "batch_size": 2, "accumulation": 2, "warmup": 2, "samples": 0, "log_every": 3}
         return TrainConfig(model=str(tiny_sd), data=str(pictures), device="cpu", **few | more)

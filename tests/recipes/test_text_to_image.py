@@ -27,7 +27,7 @@ from fallow.recipes.text_to_image import TrainConfig, rate_at, train
 
 
 @pytest.fixture
-def settings(tiny_sd: Path, pictures: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
+def settings(tiny_sd: Path, pictures: Path, tmp_path: Path, quick: None) -> Callable[..., TrainConfig]:
     """Settings of a short run without drawings; `name` is its directory."""
 
     def make(name: str = "run", **more: Any) -> TrainConfig:
@@ -52,7 +52,7 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 # -- what a run makes -------------------------------------------------------------------------------------------------
 
 
-def test_a_run_makes_its_directory_and_says_what_it_did(settings, tmp_path):
+def test_a_run_makes_its_directory_and_says_what_it_did(settings, tmp_path, page):
     outcome = train(settings(samples=3, sample_every=2, save_every=2, steps=4), command="fallow train --data things")
     folder = tmp_path / "run"
     assert (outcome.folder, outcome.adapter, outcome.report) == (folder, folder / "adapter", folder / "report.html")
@@ -272,7 +272,7 @@ def test_half_of_the_pictures_are_mirrored_and_only_if_asked(examples):
 # -- what can go wrong ------------------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(settings, monkeypatch):
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(settings, monkeypatch, page):
     real = text_to_image.denoising_loss
     calls = []
 

@@ -1,0 +1,170 @@
+"""Several methods on the same pictures: trained, judged, chosen, and put on one page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fallow.analysis.judges import Aligned
+from fallow.core.errors import ConfigError, FallowError
+from fallow.recipes import compare as module
+from fallow.recipes import evaluate
+from fallow.recipes.compare import CompareConfig, anchored_score, compare, equal_parameters, own_rates
+from fallow.recipes.methods import METHODS, Order, make_method
+from fallow.recipes.pipelines import load_pipeline
+
+
+class Greyness:
+    """A judge: features are the mean colours of each quarter, alignment is the mean brightness."""
+
+    name = "greyness"
+
+    def features(self, pictures):
+        quarters = [np.array(p, dtype=np.float32).reshape(2, 16, 2, 16, 3).mean((1, 3)).ravel() / 255 for p in pictures]
+        return torch.from_numpy(np.stack(quarters))
+
+    def alignment(self, pictures, captions):
+        return Aligned(float(np.mean([np.array(picture).mean() / 255 for picture in pictures])), 0.5, len(captions))
+
+
+@pytest.fixture
+def halves(pictures: Path) -> Path:
+    """A set with a training and a test half."""
+    folder = pictures.parent / "set"
+    folder.mkdir()
+    pictures.rename(folder / "train")
+    (folder / "test").mkdir()
+    lines = []
+    for number in range(6):
+        pixels = np.random.default_rng(90 + number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "test" / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"a bag {number % 3}"}))
+    (folder / "test" / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def settings(tiny_sd: Path, halves: Path, tmp_path: Path, quick: None, monkeypatch) -> Callable[..., CompareConfig]:
+    monkeypatch.setattr(evaluate, "make_judge", lambda *a, **k: Greyness())
+    monkeypatch.setattr(module, "write_run_report", lambda folder: folder)
+
+    def make(**more: Any) -> CompareConfig:
+        few: dict[str, Any] = {
+            "methods": ["sara", "lora"], "steps": 2, "batch_size": 2, "images": 4, "prior_images": 2, "seeds": [0],
+            "sample_steps": 2, "train": {"samples": 0, "save_every": 0}, "device": "cpu", "output": tmp_path / "out",
+        }  # fmt: skip
+        return CompareConfig(model=str(tiny_sd), data=str(halves), **few | more)
+
+    return make
+
+
+def result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "comparison.json").read_text())
+
+
+def test_four_methods_are_trained_judged_and_set_side_by_side(settings):
+    methods = ["sara", "shira", "lora", "full"]
+    folder = compare(settings(methods=methods, lrs={name: [1e-3] for name in methods}))
+    told = result(folder)
+    assert told["status"] == "finished"
+    assert (told["finished"], told["planned"]) == (4, 4)
+    assert [method["method"] for method in told["methods"]] == methods
+    for method in told["methods"]:
+        assert method["failed"] == 0
+        assert method["frechet"] > 0
+        assert method["vlhi"] is not None
+        assert method["trained_parameters"] > 0
+        assert method["adapter_bytes"] > 0
+        run = folder / method["runs"][0]["folder"]
+        assert (run / "adapter" / "adapter_model.safetensors").is_file()
+        assert len(list((run / "evaluation").glob("picture-*.png"))) == 4
+    page = (folder / "comparison.html").read_text()
+    assert all(name in page for name in methods)
+
+
+def test_each_method_gets_its_own_rates_and_the_best_goes_to_every_seed(settings):
+    folder = compare(settings(methods=["sara", "full"], seeds=[0, 1], lrs={"full": [1e-5, 1e-3]}))
+    sara, full = result(folder)["methods"]
+    assert [run["lr"] for run in sara["sweep"]] == list(METHODS["sara"].rates)
+    assert [run["lr"] for run in full["sweep"]] == [1e-5, 1e-3]
+    for method in (sara, full):
+        best = max(method["sweep"], key=lambda run: run["score"])
+        assert [(run["lr"], run["seed"]) for run in method["runs"]] == [(best["lr"], 0), (best["lr"], 1)]
+    assert result(folder)["finished"] == 7
+
+
+def test_a_finished_run_is_not_repeated_and_a_half_made_one_is(settings, monkeypatch):
+    config = settings(methods=["sara"], lrs={"sara": [1e-3, 2e-3]})
+    folder = compare(config)
+    unfinished = folder / result(folder)["methods"][0]["sweep"][1]["folder"]
+    (unfinished / "run.json").write_text(json.dumps({"status": "running"}))
+    trained = []
+    real = module.train
+    monkeypatch.setattr(module, "train", lambda config, **more: trained.append(config.lr) or real(config, **more))
+    compare(config)
+    assert trained == [2e-3]
+
+
+def test_a_method_that_fails_is_reported_and_the_others_go_on(settings):
+    config = settings(methods=["sara", "lora"], lrs={"sara": [1e-3], "lora": [1e-3]}, options={"lora": {"rank": 0}})
+    told = result(compare(config))
+    assert [method["failed"] for method in told["methods"]] == [0, 1]
+    assert "PEFT refuses" in told["methods"][1]["sweep"][0]["error"]
+    with pytest.raises(FallowError, match="no run succeeded"):
+        compare(settings(methods=["lora"], lrs={"lora": [1e-3]}, options={"lora": {"rank": 0}}))
+
+
+@pytest.mark.parametrize("method", ["sara", "largest", "random", "lt-sft", "shira", "lora"])
+def test_a_budget_makes_each_method_train_about_as_many(settings, tiny_sd, method):
+    options = equal_parameters(method, settings(methods=[method], budget=4000))
+    network = load_pipeline(str(tiny_sd), device="cpu").unet
+    batches = [(torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 16, 16))]
+    order = Order(network, 1e-3, options, 2, 0, batches, lambda unet, batch: unet(*batch).sample.square().mean())
+    made = make_method(method, order)
+    near = {"lora": 0.3, "shira": 0.05}.get(method, 0)  # a rank is whole; a density is rounded in each layer
+    assert made.trained_parameters == pytest.approx(4000, rel=near, abs=0)
+
+
+def test_a_budget_leaves_full_alone_and_excludes_amounts_of_the_options(settings):
+    assert equal_parameters("full", settings(budget=4000)) == {}
+    assert equal_parameters("sara", settings()) == {}
+    with pytest.raises(ConfigError, match="budget=4000 and the option fraction of sara"):
+        equal_parameters("sara", settings(budget=4000, options={"sara": {"fraction": 0.1}}))
+    with pytest.raises(ConfigError, match="budget=4000 and the option rank of lora"):
+        equal_parameters("lora", settings(budget=4000, options={"lora": {"rank": 4}}))
+    with pytest.raises(ConfigError, match="names no layer"):
+        equal_parameters("lora", settings(budget=4000, options={"lora": {"target_modules": "to_z"}}))
+
+
+def test_what_cannot_be_compared_is_told_before_the_first_run(settings, monkeypatch):
+    monkeypatch.setattr(module, "train", lambda *a, **k: pytest.fail("something was trained"))
+    for more, said in (
+        ({"methods": ["sara", "sara"]}, "twice"),
+        ({"methods": ["sara", "loar"]}, r"'loar' does not exist \(did you mean 'lora'\?\)"),
+        ({"lrs": {"full": [1e-3]}}, "not among methods"),
+        ({"train": {"stpes": 3}}, r"there is no setting 'stpes' \(did you mean 'steps'\?\)"),
+        ({"options": {"sara": {"fractoin": 0.1}}}, "did you mean 'fraction'"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            compare(settings(**more))
+
+
+def test_own_rates_are_three_ascending_for_every_method(settings):
+    for method in METHODS:
+        rates = own_rates(method, settings())
+        assert len(rates) == 3
+        assert rates == sorted(rates)
+
+
+def test_the_anchored_score_is_one_for_the_base_and_two_for_real_pictures():
+    base = {"frechet": 30.0, "alignment": 0.9}
+    assert anchored_score(base, 30.0, 2.0, 0.9) == pytest.approx(1)
+    assert anchored_score({"frechet": 2.0, "alignment": 0.9}, 30.0, 2.0, 0.9) == pytest.approx(2)
+    assert anchored_score({"frechet": 2.0, "alignment": None}, 30.0, 2.0, 0.9) == pytest.approx(1)
