@@ -55,11 +55,17 @@ def test_diff_shows_overlap_and_likeness_in_all_and_by_tensor(two):
 
 
 def test_diff_of_checkpoints_shows_what_changed(tmp_path):
-    save_file({"a": torch.zeros(4), "b": torch.ones(2)}, tmp_path / "one.safetensors")
-    save_file({"a": torch.zeros(4), "b": torch.tensor([1.0, 3.0])}, tmp_path / "two.safetensors")
+    one = {"a": torch.zeros(4), "b": torch.ones(2), "c": torch.ones(4), "zero": torch.zeros(2)}
+    two = {**one, "b": torch.tensor([1.0, 3.0]), "c": 1.01 * one["c"], "zero": torch.ones(2)}
+    save_file(one, tmp_path / "one.safetensors")
+    save_file(two, tmp_path / "two.safetensors")
     shown = run("diff", str(tmp_path / "one.safetensors"), str(tmp_path / "two.safetensors"))
     assert shown.exit_code == 0, shown.output
-    assert "1 of 6" in shown.output
+    assert "7 of 12" in shown.output
+    rows = [line.split() for line in shown.output.splitlines() if line.split()[:1] in (["a"], ["b"], ["c"], ["zero"])]
+    assert rows == [
+        ["b", "1", "50%", f"{2**0.5:.4g}", "2"], ["c", "4", "100%", "0.01", "0.01"], ["zero", "2", "100%", "inf", "1"],
+    ]  # fmt: skip
 
 
 def test_combine_writes_the_sum_at_the_scales_given(two, tmp_path):

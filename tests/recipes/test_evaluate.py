@@ -15,7 +15,8 @@ from fallow.analysis.images import frechet_distance
 from fallow.analysis.judges import Aligned
 from fallow.core.errors import ConfigError, DataError
 from fallow.recipes import evaluate as module
-from fallow.recipes.evaluate import Evaluation, evaluate
+from fallow.recipes.evaluate import Evaluation, evaluate, opened
+from fallow.recipes.pictures import read_pictures
 
 
 def painted(seed: int, red: float) -> Image.Image:
@@ -192,3 +193,37 @@ def test_one_picture_is_not_enough_to_compare_with(world, tmp_path):
     (tmp_path / "one" / "a.txt").write_text("a red thing")
     with pytest.raises(DataError, match="has 1 picture to compare with"):
         evaluate(data=str(tmp_path / "one"))
+
+
+def test_a_real_pipeline_is_judged_with_and_without_its_adapter(world, tiny_sd, tmp_path, monkeypatch):
+    from fallow.recipes import adapter_files, pipelines
+
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "make_judge", lambda *a, **k: Colours())
+    unet = pipelines.load_pipeline(str(tiny_sd), "cpu").unet
+    prints = adapter_files.base_fingerprints(unet)
+    with torch.no_grad():
+        unet.conv_out.bias.add_(2.0)
+    path = adapter_files.save_full(unet, tmp_path / "full", prints, {"method": "full"})
+    evaluation = Evaluation(
+        model=str(tiny_sd), data=world["data"], images=6, prior_images=4, steps=2, batch=4, device="cpu"
+    )
+    base, adapted, half = (evaluation.measure(a).figures for a in ([], [(path, 1.0)], [(path, 0.5)]))
+    assert adapted["frechet"] != half["frechet"] != base["frechet"]
+    assert base["prior_frechet"] == pytest.approx(0, abs=1e-12)
+    assert 1e-6 < half["prior_frechet"] < adapted["prior_frechet"]
+    assert adapted["trained_parameters"] == sum(p.numel() for p in unet.parameters())
+    assert adapted["adapter_bytes"] == sum(f.stat().st_size for f in path.iterdir())
+    assert base["trained_parameters"] == base["adapter_bytes"] == 0
+    again = evaluation.measure([(path, 1.0)]).figures
+    assert again["frechet"] == adapted["frechet"]
+    json.dumps(adapted, allow_nan=False)
+
+
+def test_pictures_are_judged_as_they_are_looked_at(tmp_path):
+    turned = Image.new("RGBA", (40, 20), (255, 0, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "a.png", exif=exif)
+    found = opened(read_pictures(tmp_path, prompt=""))[0]
+    assert (found.size, found.getpixel((5, 5))) == ((20, 40), (255, 255, 255))

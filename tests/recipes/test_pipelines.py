@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -252,3 +253,15 @@ def test_the_best_device_is_a_gpu_where_there_is_one(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda found=cuda: found)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda found=mps: found)
         assert pipelines.best_device() == best
+
+
+def test_a_prompt_that_is_longer_than_the_model_reads_is_told_once_and_by_name(pipeline, capfd):
+    with pytest.warns(
+        UserWarning, match="'a very long prompt, indeed' has .* tokens, of which this model reads 16"
+    ) as told:
+        generate(pipeline, ["a very long prompt, indeed", "another one that is too long"], seeds=[0, 1], **QUICK)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(pipeline, ["short"], seeds=[0], **QUICK)
+    assert capfd.readouterr().err == ""

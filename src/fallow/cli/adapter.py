@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -185,8 +186,10 @@ def show_checkpoints(found: dict[str, Any]) -> None:
 
 
 def show_tensors(tensors: dict[str, dict[str, Any]], most: int = 12) -> None:
-    """The tensors that differ most, relatively."""
-    ordered = sorted(tensors.items(), key=lambda item: -item[1]["relative"])
+    """The tensors that differ most, relatively; those that were all zero in the first, which is infinitely, last."""
+    ordered = sorted(
+        tensors.items(), key=lambda item: -item[1]["relative"] if math.isfinite(item[1]["relative"]) else 1
+    )
     rows = [
         (
             name,

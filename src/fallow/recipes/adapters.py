@@ -24,7 +24,7 @@ from fallow.core.files import atomic_directory
 from fallow.core.sparse import WEIGHTS, SparseDelta
 from fallow.recipes import adapter_files
 from fallow.recipes.adapter_files import adapter_size, kind_of, locate, read_config, shapes_in
-from fallow.recipes.pipelines import apply_adapters, load_pipeline
+from fallow.recipes.pipelines import apply_adapters, load_pipeline, quietly
 from fallow.report.run import block_of
 
 # Settings of PEFT's adapter_config.json that say what was trained; the others are of no interest to most.
@@ -291,8 +291,9 @@ def merge_into(
     _free(output, overwrite, model)
     pipeline = load_pipeline(model, device="cpu")
     apply_adapters(pipeline, list(adapters), force=force)
-    pipeline.to(kinds[dtype])
-    with atomic_directory(output) as partial:
+    with quietly():
+        pipeline.to(kinds[dtype])
+    with atomic_directory(output) as partial, quietly():
         pipeline.save_pretrained(partial, safe_serialization=True)
     return {"written": str(output), "bytes": sum(file.stat().st_size for file in output.rglob("*") if file.is_file())}
 

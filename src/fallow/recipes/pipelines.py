@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,7 +248,8 @@ def generate(
     (To the last bit of a pixel only if the matrix products of this machine do not depend on the batch.) The noise is
     drawn on the CPU, so that a seed means the same on every device; the global random state is not touched; parts
     that were in training mode are again afterwards. `guidance` 1 is none. `width`, `height` in pixels; None is the
-    model's own. Raises ConfigError for sides that the autoencoder cannot make, or seeds that do not match the prompts.
+    model's own. Warns of a prompt that is longer than the model reads. Raises ConfigError for sides that the
+    autoencoder cannot make, or seeds that do not match the prompts.
     """
     if len(seeds) != len(prompts):
         raise ConfigError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one for each")
@@ -258,14 +260,28 @@ def generate(
             raise ConfigError(f"{name}={side} is not a multiple of {factor}; give {below} or {below + factor}")
     if not prompts:
         return []
+    _tell_of_long_prompts(pipeline.tokenizer, prompts)
     noise = [torch.Generator("cpu").manual_seed(seed % 2**63) for seed in seeds]
-    with drawing_mode(pipeline), torch.no_grad():
+    with drawing_mode(pipeline), torch.no_grad(), quietly():
         drawn = pipeline(
             list(prompts), negative_prompt=None if negative is None else [negative] * len(prompts),
             num_inference_steps=steps, guidance_scale=guidance, width=width, height=height, generator=noise,
         )  # fmt: skip
     images: list[Image.Image] = drawn.images
     return images
+
+
+def _tell_of_long_prompts(tokenizer: Any, prompts: Sequence[str]) -> None:
+    """Warn of the first prompt that is longer than the model reads; diffusers would do so at every call and for all."""
+    for prompt in dict.fromkeys(prompts):
+        count = len(tokenizer(prompt, verbose=False).input_ids)
+        if count > tokenizer.model_max_length:
+            warnings.warn(
+                f"the prompt '{prompt}' has {count} tokens, of which this model reads {tokenizer.model_max_length}; "
+                "the rest is ignored",
+                stacklevel=3,
+            )
+            return
 
 
 @contextlib.contextmanager
