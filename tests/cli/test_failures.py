@@ -165,3 +165,14 @@ def test_a_reader_that_goes_away_is_no_error():
     os.close(write)
     assert "Traceback" not in process.stderr
     assert process.stderr.strip() in ("", "Exception ignored")
+
+
+def test_a_warning_of_fallows_is_a_remark_and_that_of_a_library_says_where_it_comes_from():
+    code = (
+        "import sys, warnings; from fallow import cli\n"
+        "cli.app = lambda **_: ["
+        "warnings.warn_explicit('soft', UserWarning, f, 7) for f in (cli.__file__, '/lib/x.py')]\n"
+        "sys.argv[1:] = []; cli.main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.stderr.splitlines()[:2] == ["Note: soft", "/lib/x.py:7: UserWarning: soft"]

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Annotated, Any
 
 import typer
 
-from fallow.cli import adapter, judge, pictures, survey, training
+from fallow.cli import adapter, judge, pictures, show, survey, training
 from fallow.cli.failures import explained
 from fallow.cli.show import version_text
 
@@ -91,4 +92,5 @@ def main() -> None:
     if "--debug" not in sys.argv:
         for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
             os.environ.setdefault(name, "error")
+        warnings.showwarning = show.warning
     app(prog_name="fallow")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,8 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
+
+_LIBRARIES_WARNING = warnings.showwarning
 
 
 def console(stderr: bool = False) -> Console:
@@ -35,6 +38,14 @@ def error(message: str, title: str = "Error") -> None:
 def note(message: str) -> None:
     """A remark on stderr, which leaves stdout to the results."""
     console(stderr=True).print(Text(message), soft_wrap=not sys.stderr.isatty())
+
+
+def warning(message: Warning | str, category: type[Warning], filename: str, *where: Any, **more: Any) -> None:
+    """In the place of `warnings.showwarning`: Fallow's own warnings as remarks, those of libraries as they come."""
+    if Path(filename).is_relative_to(Path(__file__).parents[1]):
+        note(f"Note: {message}")
+    else:
+        _LIBRARIES_WARNING(message, category, filename, *where, **more)
 
 
 def result(value: Any) -> None:
