@@ -12,26 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fallow.analysis.judges import Aligned
 from fallow.core.errors import ConfigError, FallowError
 from fallow.recipes import compare as module
-from fallow.recipes import evaluate
 from fallow.recipes.compare import CompareConfig, anchored_score, compare, equal_parameters, own_rates
 from fallow.recipes.methods import METHODS, Order, make_method
 from fallow.recipes.pipelines import load_pipeline
-
-
-class Greyness:
-    """A judge: features are the mean colours of each quarter, alignment is the mean brightness."""
-
-    name = "greyness"
-
-    def features(self, pictures):
-        quarters = [np.array(p, dtype=np.float32).reshape(2, 16, 2, 16, 3).mean((1, 3)).ravel() / 255 for p in pictures]
-        return torch.from_numpy(np.stack(quarters))
-
-    def alignment(self, pictures, captions):
-        return Aligned(float(np.mean([np.array(picture).mean() / 255 for picture in pictures])), 0.5, len(captions))
 
 
 @pytest.fixture
@@ -51,10 +36,9 @@ def halves(pictures: Path) -> Path:
 
 
 @pytest.fixture
-def settings(tiny_sd: Path, halves: Path, tmp_path: Path, quick: None, monkeypatch) -> Callable[..., CompareConfig]:
-    monkeypatch.setattr(evaluate, "make_judge", lambda *a, **k: Greyness())
-    monkeypatch.setattr(module, "write_run_report", lambda folder: folder)
-
+def settings(
+    tiny_sd: Path, halves: Path, tmp_path: Path, quick: None, grey_judge: None
+) -> Callable[..., CompareConfig]:
     def make(**more: Any) -> CompareConfig:
         few: dict[str, Any] = {
             "methods": ["sara", "lora"], "steps": 2, "batch_size": 2, "images": 4, "prior_images": 2, "seeds": [0],

@@ -22,7 +22,7 @@ TRAIN_EXAMPLE = (
     "Pictures with captions in metadata.jsonl, or in a .txt beside each, or one --prompt for all."
 )
 COMPARE_HELP = "Train several methods on the same pictures, each at its own learning rates, and judge them alike."
-COMPARE_EXAMPLE = "Example: [bold]fallow compare --methods sara --methods lora --methods full --seeds 0 --seeds 1[/]"
+COMPARE_EXAMPLE = "Example: [bold]fallow compare --methods sara,lora,full --seeds 0,1[/]"
 
 
 def register(app: typer.Typer) -> None:
@@ -126,8 +126,9 @@ def compare_command() -> Any:
     path = flags.option("config", Path | None, "--config", "-c", help="A TOML file with settings; flags win over it.")
     json = flags.option("json", bool, "--json", help="Print the comparison as JSON, and nothing else on stdout.")
     return flags.command_from(
-        CompareConfig, run_compare, [path, json], name="compare", help=COMPARE_HELP, epilog=COMPARE_EXAMPLE
-    )
+        CompareConfig, run_compare, [path, json], name="compare", help=COMPARE_HELP, epilog=COMPARE_EXAMPLE,
+        commas=["methods"],
+    )  # fmt: skip
 
 
 def run_compare(given: dict[str, Any], *, config: Path | None, json: bool | None) -> None:
