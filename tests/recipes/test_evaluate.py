@@ -15,7 +15,7 @@ from fallow.analysis.images import frechet_distance
 from fallow.analysis.judges import Aligned
 from fallow.core.errors import ConfigError, DataError
 from fallow.recipes import evaluate as module
-from fallow.recipes.evaluate import Evaluation, evaluate, opened
+from fallow.recipes.evaluate import Evaluation, evaluate, opened, own_prompts
 from fallow.recipes.pictures import read_pictures
 
 
@@ -227,3 +227,8 @@ def test_pictures_are_judged_as_they_are_looked_at(tmp_path):
     turned.save(tmp_path / "a.png", exif=exif)
     found = opened(read_pictures(tmp_path, prompt=""))[0]
     assert (found.size, found.getpixel((5, 5))) == ((20, 40), (255, 255, 255))
+
+
+def test_prior_prompts_are_of_the_domain_that_the_judge_knows():
+    assert own_prompts("mini-sd", "dinov2", None) == own_prompts("merged", None, None) == module.GARMENT_PROMPTS
+    assert own_prompts("merged", "dinov2", None) == own_prompts("x/y", None, "clip") == module.EVERYDAY_PROMPTS

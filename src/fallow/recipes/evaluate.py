@@ -36,7 +36,7 @@ GARMENT_PROMPTS = [
     for shade in ("dark", "grey", "light")
     for garment in ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker")
 ]
-# Everyday subjects for the models of the world at large; judged where a CLIP is given.
+# Everyday subjects for the models of the world at large, where a CLIP or a vision model is given to judge them.
 EVERYDAY_PROMPTS = [
     "a photo of a brown dog lying in the grass", "a photo of a grey cat on a windowsill", "a photo of a red bicycle",
     "a photo of a sailing boat at sea", "a photo of a mountain lake at dawn", "a photo of a city street at night",
@@ -78,7 +78,7 @@ class Evaluation:
     images: pictures generated for each seed, one for each caption of the test half in turn
     prior_images: pictures generated for each seed on the prior prompts; 0 leaves prior preservation out
     repeats: how many seeds: `seed`, `seed + 1`, ...; figures are means over them, `..._spread` the standard deviation
-    prior_prompts: the base model's own domain; None: garments for mini-sd, everyday subjects for other models
+    prior_prompts: the base model's own domain; None: what `own_prompts` takes it to be
     prior_data: real pictures of that domain to compare with; None: the base model's own pictures of the same noise
     vision, clip: weights of other judges than the shipped GarmentNet (see `fallow.analysis.judges`)
     say: called with a line of progress
@@ -109,9 +109,7 @@ class Evaluation:
                 raise ConfigError(f"{name}={getattr(self, name)} is too small; give {least} or more")
         if self.prior_images == 1:
             raise ConfigError("prior_images=1 has no distance; give 0 (prior preservation is left out) or 2 or more")
-        self.prior_prompts = list(self.prior_prompts or []) or (
-            GARMENT_PROMPTS if self.model == "mini-sd" else EVERYDAY_PROMPTS
-        )
+        self.prior_prompts = list(self.prior_prompts or []) or own_prompts(self.model, self.vision, self.clip)
         self.judge: Judge = make_judge(self.vision, self.clip, device=str(chosen_device(self.device)))
         self.real, others = self._read_real()
         self.real_features = self.judge.features(opened(self.real))
@@ -291,6 +289,12 @@ def evaluate(
     if output is not None:
         measured.save(output, pictures=images)
     return measured.figures
+
+
+def own_prompts(model: str, vision: str | None, clip: str | None) -> list[str]:
+    """Prompts of a base model's own domain: garments for mini-sd, and wherever the garment net judges (it knows nothing
+    else, and what it judges is likely made from mini-sd); everyday subjects where a model of the world does."""
+    return GARMENT_PROMPTS if model == "mini-sd" or (vision is None and clip is None) else EVERYDAY_PROMPTS
 
 
 def opened(pictures: Sequence[Picture]) -> list[Image.Image]:

@@ -26,7 +26,7 @@ from fallow.analysis.judges import make_judge
 from fallow.analysis.small_weights import asked_thresholds, eligible, zero_small
 from fallow.core.errors import ConfigError
 from fallow.core.files import atomic_write
-from fallow.recipes.evaluate import EVERYDAY_PROMPTS, GARMENT_PROMPTS, opened
+from fallow.recipes.evaluate import opened, own_prompts
 from fallow.recipes.gallery import refuse_overwriting, sheet
 from fallow.recipes.pictures import read_pictures
 from fallow.recipes.pipelines import chosen_device, generate, load_pipeline
@@ -74,7 +74,7 @@ def probe(plan: Probe, say: Callable[[str], None] = lambda text: None) -> dict[s
     shares = list(plan.shares) or ([] if plan.thresholds else list(SHARES))
     thresholds = asked_thresholds(eligible(pipeline.unet, plan.include, plan.exclude), plan.thresholds, shares)
     judge = make_judge(plan.vision, plan.clip, device=str(chosen_device(plan.device)))
-    prompts = list(plan.prompts) or (GARMENT_PROMPTS if plan.model == "mini-sd" else EVERYDAY_PROMPTS)
+    prompts = list(plan.prompts) or own_prompts(plan.model, plan.vision, plan.clip)
     prompts = [prompts[at % len(prompts)] for at in range(plan.images)]
 
     def draw(first_seed: int) -> list[Image.Image]:
