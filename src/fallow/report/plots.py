@@ -17,7 +17,15 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import (
+    EngFormatter,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+    PercentFormatter,
+)
 
 COLOURS = {  # the name of the page's variable -> the colour in a file
     "ink": "#2a2723",
@@ -324,7 +332,9 @@ def threshold_plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.margins(y=0.2)
     last = panels[-1, 0]
     last.set_xscale("log")
+    last.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     last.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
+    last.xaxis.set_minor_formatter(NullFormatter())  # the default names minor ticks where there are few major ones
     last.set_xlabel("share of the entries set to zero, smallest first")
     panels[0, 0].set_title("Without the smallest weights")
     return figure
