@@ -89,7 +89,7 @@ def test_threshold_plot_has_a_panel_for_each_judged_figure_and_the_level_of_the_
     assert list(top.lines[0].get_ydata()) == [5.2, 9.0]
     assert list(top.lines[1].get_ydata()) == [5.0, 5.0]
     assert list(bottom.lines[0].get_ydata()) == [0.7]
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     low, high = bottom.get_xlim()
     ticks = [tick for which in (bottom.xaxis.get_major_ticks(), bottom.xaxis.get_minor_ticks()) for tick in which]
     assert [t.label1.get_text() for t in ticks if low <= t.get_loc() <= high and t.label1.get_text()] == ["10%", "20%"]
