@@ -28,7 +28,7 @@ from fallow.core.errors import ConfigError, FallowError, nearest
 from fallow.core.files import atomic_write
 from fallow.recipes.doctor import Source
 from fallow.recipes.evaluate import Evaluation, opened
-from fallow.recipes.methods import AMOUNTS, ATTENTION, METHODS
+from fallow.recipes.methods import AMOUNTS, LORA_TARGETS, METHODS
 from fallow.recipes.settings import make_config
 from fallow.recipes.text_to_image import TrainConfig, train
 from fallow.report.comparison import COLUMNS, write_comparison_page
@@ -124,7 +124,7 @@ class Comparison:
             {
                 "model": config.model, "data": config.data, "method": method, "options": options, "lr": lr,
                 "seed": seed, "steps": config.steps, "batch_size": config.batch_size, "device": config.device,
-                **config.train,
+                "sample_every": 0, "save_every": 0, **config.train,
             },
         )  # fmt: skip
         asked = resolved.model_dump(mode="json", exclude={"output"})
@@ -366,7 +366,7 @@ def lora_parameters(model: str, targets: Sequence[str] | str | None) -> int:
 
     Raises ConfigError where none of the network's matrices is among them.
     """
-    names = ATTENTION if targets is None else [targets] if isinstance(targets, str) else list(targets)
+    names = LORA_TARGETS if targets is None else [targets] if isinstance(targets, str) else list(targets)
     count = 0
     for name, (shape, _) in _shapes(model).items():
         layer = name.removesuffix(".weight")
@@ -374,7 +374,7 @@ def lora_parameters(model: str, targets: Sequence[str] | str | None) -> int:
             # A convolution's factors are (rank, C_in, kh, kw) and (C_out, rank, 1, 1).
             count += shape[0] + math.prod(shape[1:])
     if not count:
-        raise ConfigError(f"target_modules={names} names no layer of {model}; give others, such as {ATTENTION}")
+        raise ConfigError(f"target_modules={names} names no layer of {model}; give others, such as {LORA_TARGETS}")
     return count
 
 

@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fallow import assets
 from fallow.analysis.memory import Estimate, estimate_dense, estimate_selective
 from fallow.core.errors import ConfigError, ModelError, SelectionError
+from fallow.recipes.methods import LORA_TARGETS
 from fallow.recipes.pipelines import is_hub_id
 
 # What the optional packages are for. Nothing of the two main commands needs any of them.
@@ -41,7 +42,6 @@ OPTIONAL = {
     "mkdocs": "building the documentation",
     "pytest": "running the tests",
 }
-LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 State = Literal["ok", "absent", "warning", "missing"]
 
 

@@ -31,7 +31,7 @@ from fallow.selection.sara import SaRA
 from fallow.selection.selective import Selective
 from fallow.selection.shira import SHiRA
 
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]  # what LoRA is put on unless target_modules says otherwise
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # what LoRA is put on unless target_modules says otherwise
 RANK_WEIGHT = 5e-3  # of SaRA's nuclear-norm term: the paper's best
 RESELECT_AT = 0.5  # SaRA's progressive re-selection: once, at half of the run, as in the paper
 ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}  # torch's own, of the dense methods
@@ -261,7 +261,7 @@ def _with_peft(order: Order, method: str, kind: str, options: dict[str, Any]) ->
     adamw = _adamw(options)
     cls = _config_class(kind)
     if "target_modules" in _fields_of(cls):
-        options.setdefault("target_modules", ATTENTION)
+        options.setdefault("target_modules", LORA_TARGETS)
     total = _count(order.network)
     with torch.random.fork_rng(devices=_cuda(order.network)):
         torch.manual_seed(order.seed)

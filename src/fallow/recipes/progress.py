@@ -61,9 +61,9 @@ class Journal:
         self.watch.memory = memory
         return told
 
-    def event(self, name: str, step: int, **more: Any) -> None:
+    def event(self, event: str, step: int, **more: Any) -> None:
         """Note something that happened after a step."""
-        self._write([{"event": name, "step": step, **more}])
+        self._write([{"event": event, "step": step, **more}])
 
     def _write(self, lines: Sequence[dict[str, Any]]) -> None:
         with self.file.open("a", encoding="utf-8") as file:

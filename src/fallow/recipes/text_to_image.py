@@ -219,6 +219,8 @@ class Run:
             self.draw_samples("before")
             self.show_examples()
 
+        self.peak, self.measured = 0, ""  # bytes of memory, the choice of entries included, and what they are of
+        forget_peak(self.device)
         self.trained = self.put_into_training()
         self.rates = [group["lr"] for group in self.trained.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
@@ -307,31 +309,27 @@ class Run:
     def walk(self, interrupted: Callable[[], bool], after_step: Callable[[int], None] | None) -> None:
         """Make the updates that are left."""
         config = self.config
-        forget_peak(self.device)
-        began = time.perf_counter()
-        seen = len(self.trained.events)
+        told = len(self.trained.events)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             while self.step < config.steps:
+                begun = time.perf_counter()
                 loss, norm, rate = self.update()
                 self.step += 1
                 self.journal.step(self.step, loss, norm, rate)
-                last, stop = self.step == config.steps, interrupted()
+                last = self.step == config.steps
                 due = bool(config.save_every) and (last or self.step % config.save_every == 0)
-                if self.step % config.log_every == 0 or last or due or stop:
+                if last or due or self.step % config.log_every == 0:
                     self.look()
-                for event in self.trained.events[seen:]:
-                    self.journal.event(
-                        event["event"], self.step, **{k: v for k, v in event.items() if k not in ("event", "step")}
-                    )
-                seen = len(self.trained.events)
-                if due or stop:
-                    self.seconds, began = self.seconds + time.perf_counter() - began, time.perf_counter()
+                self.seconds += time.perf_counter() - begun
+                for event in self.trained.events[told:]:
+                    self.journal.event(**{**event, "step": self.step})
+                told = len(self.trained.events)
+                if due:
                     self.save()
-                    began = time.perf_counter()
                 if after_step is not None:
                     after_step(self.step)
-                if stop or interrupted():
-                    if not stop:
+                if interrupted():
+                    if not due:
                         self.look()
                         self.save()
                     raise KeyboardInterrupt(
@@ -339,10 +337,14 @@ class Run:
                         f"fallow train --resume {self.folder}"
                     )
                 if config.samples and config.sample_every and self.step % config.sample_every == 0 and not last:
-                    self.seconds += time.perf_counter() - began
+                    self.note_peak()
                     self.draw_samples(f"step-{self.step:06d}")
-                    began = time.perf_counter()
-        self.seconds += time.perf_counter() - began
+                    forget_peak(self.device)
+
+    def note_peak(self) -> None:
+        """Remember the most memory that training took so far; drawing is not part of it."""
+        peak, self.measured = peak_memory(self.device)
+        self.peak = max(self.peak, peak or 0)
 
     def update(self) -> tuple[torch.Tensor, torch.Tensor, float]:
         """One update; returns its loss and its gradient's norm, still on the device, and the learning rate."""
@@ -487,7 +489,7 @@ class Run:
     def finish(self) -> Outcome:
         """The adapter, the last drawings and the page."""
         config, adapter = self.config, self.folder / "adapter"
-        peak, measured = peak_memory(self.device)
+        self.note_peak()
         metadata = {
             "base_model": config.model, "data": config.data, "steps": self.step, "lr": self.rates[0],
             "batch_size": config.batch_size * config.accumulation, "seed": config.seed, "ema": config.ema,
@@ -497,8 +499,9 @@ class Run:
         if config.samples:
             self.draw_samples("after")
         report = self.end(
-            "finished", None, peak_memory_bytes=peak, memory_measured=measured, adapter_bytes=adapter_size(adapter)[1]
-        )
+            "finished", None, peak_memory_bytes=self.peak or None, memory_measured=self.measured,
+            adapter_bytes=adapter_size(adapter)[1],
+        )  # fmt: skip
         assert report is not None
         return Outcome(self.folder, adapter, report, self.info)
 
