@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ from fallow.recipes.adapter_files import (
     apply_together,
     bare_parameters,
     base_fingerprints,
+    check_peft,
     kind_of,
     save_full,
     save_peft,
@@ -81,7 +82,7 @@ def with_lora(model: nn.Module, config: LoraConfig | None = None, seed: int = 2)
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name or (p.requires_grad and name.endswith("bias")):
                 p.copy_(0.2 * torch.randn(p.shape, generator=rng))
     return model
 
@@ -164,8 +165,9 @@ def test_peft_is_saved_whichever_way_it_was_put_in(way, unet, tmp_path):
         LoraConfig(r=2, lora_alpha=4, target_modules=[*ATTENTION, "conv1"]),
         LoraConfig(r=2, target_modules=ATTENTION, use_dora=True),
         LoraConfig(r=2, target_modules=ATTENTION, use_rslora=True, rank_pattern={"to_q": 3}),
+        LoraConfig(r=2, target_modules=[*ATTENTION, "conv1"], bias="lora_only"),
     ],
-    ids=["convolutions", "dora", "rslora"],
+    ids=["convolutions", "dora", "rslora", "biases"],
 )
 def test_a_merged_peft_adapter_draws_as_the_unmerged_one(config, unet, tmp_path):
     trained = with_lora(unet(), config)
@@ -184,6 +186,14 @@ def test_other_peft_methods_pass_through(unet, tmp_path):
     other = unet()
     apply_adapter(other, tmp_path / "loha")
     torch.testing.assert_close(out(other), out(model), atol=2e-5, rtol=1e-4)
+
+
+def test_peft_configs_that_change_no_weights_or_keep_modules_are_refused(unet):
+    check_peft(LoraConfig(target_modules=ATTENTION))
+    with pytest.raises(ConfigError, match=r"modules_to_save.*conv_out.*leave it out"):
+        check_peft(LoraConfig(target_modules=ATTENTION, modules_to_save=["conv_out"]))
+    with pytest.raises(ConfigError, match="peft_type=PROMPT_TUNING"):
+        check_peft(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
 
 
 def test_peft_scales_by_its_change_and_leaves_no_trace_of_peft(lora, unet):

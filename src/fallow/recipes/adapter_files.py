@@ -202,21 +202,30 @@ def save_peft(network: nn.Module, folder: str | Path, metadata: Mapping[str, Any
     if name not in getattr(own, "peft_config", {}):
         raise ConfigError(f"the network has no PEFT adapter named '{name}'; put one in with inject_adapter_in_model")
     settings = copy.copy(own.peft_config[name])
-    if getattr(settings, "modules_to_save", None):
-        raise ConfigError(
-            f"modules_to_save={settings.modules_to_save}: whole trained modules are not saved; leave it out"
-        )
+    check_peft(settings)
     settings.inference_mode = True
     tensors = {PREFIX + key: value for key, value in get_peft_model_state_dict(own, adapter_name=name).items()}
     parameters = bare_parameters(own)
     adapted = adapted_names(own)
-    names = [key for key in parameters if key in adapted]
+    trained_biases = getattr(settings, "bias", "none") != "none"  # these are no longer the base's
+    names = [key for key in parameters if key in adapted and not (trained_biases and key.endswith("bias"))]
     base = {key: [fingerprint(parameters[key]), _told(parameters[key].dtype)] for key in names}
     with atomic_directory(folder) as partial:
         settings.save_pretrained(str(partial))
         write_tensors(partial / WEIGHTS, tensors, _header(base, metadata))
         (partial / "README.md").write_text(_card(settings.peft_type.value, metadata, _PEFT_USE), encoding="utf-8")
     return Path(folder)
+
+
+def check_peft(settings: Any) -> None:
+    """Before training: ConfigError for a PEFT config whose adapter could not be applied as a change of weights."""
+    if getattr(settings, "modules_to_save", None):
+        raise ConfigError(
+            f"modules_to_save={settings.modules_to_save}: modules that are trained whole are not kept with an adapter; "
+            "leave it out"
+        )
+    if settings.is_prompt_learning:
+        raise ConfigError(f"peft_type={settings.peft_type.value} learns prompts and changes no weight; give another")
 
 
 def adapted_names(network: nn.Module) -> set[str]:
