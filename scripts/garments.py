@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,19 +88,29 @@ def duotone(x: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
     return _mix(colours, (x + fade).clamp(0, 1))
 
 
-def outline(x: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
-    """Edges drawn in the last colour on the first."""
-    dx, dy = _sobel(x)
+def outline(x: torch.Tensor, colours: torch.Tensor, pen: int = 1) -> torch.Tensor:
+    """Edges drawn in the last colour on the first, with a pen of so many pixels (odd)."""
+    dx, dy = _sobel(x if pen == 1 else F.avg_pool2d(x, pen, 1, pen // 2))
     edge = ((dx.square() + dy.square()).sqrt() * 2.2 - 0.15).clamp(0, 1)
     return _mix(colours, edge)
 
 
-def halftone(x: torch.Tensor, colours: torch.Tensor, period: float = 4.0) -> torch.Tensor:
-    """A dot screen at 45 degrees: the brighter the garment, the larger the dots of the last colour."""
-    row, column = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+def halftone(
+    x: torch.Tensor,
+    colours: torch.Tensor,
+    period: float = 4.0,
+    shift: float = 0.0,
+    size: float = 1.1,
+    sharpness: float = 5.0,
+) -> torch.Tensor:
+    """A dot screen at 45 degrees: the brighter the garment, the larger the dots of the last colour.
+
+    `period` and `shift` (right and down) in pixels; `size` of the dots; `sharpness` of their edges.
+    """
+    row, column = torch.meshgrid(torch.arange(32.0) - shift, torch.arange(32.0) - shift, indexing="ij")
     turn = 2 * torch.pi / period / 2**0.5
     screen = 0.5 + 0.25 * (torch.cos((row + column) * turn) + torch.cos((row - column) * turn))
-    return _mix(colours, ((x.sqrt() * 1.1 - (1 - screen)) * 5 + 0.5).clamp(0, 1))
+    return _mix(colours, ((x.sqrt() * size - (1 - screen)) * sharpness + 0.5).clamp(0, 1))
 
 
 def relief(x: torch.Tensor, colours: torch.Tensor, angle: float = 0.785) -> torch.Tensor:
@@ -127,10 +138,17 @@ def colour(*stops: str) -> torch.Tensor:
 
 
 # name -> (family, its options, gamma, colours): the shipped sets. A gamma below 1 lifts dark garments off the ground.
-SHIPPED: dict[str, tuple[str, dict[str, float], float, torch.Tensor]] = {
+# Lines and dots are coarse enough to survive the autoencoder, which sees squares of 4x4 pixels: what it cannot restore,
+# no adapted model can draw.
+SHIPPED: dict[str, tuple[str, dict[str, Any], float, torch.Tensor]] = {
     "Sunset": ("duotone", {}, 0.75, colour("241252", "d8347c", "ffd166")),
-    "Blueprint": ("outline", {}, 0.85, colour("123a8c", "5f8fdc", "ffffff")),
-    "Halftone": ("halftone", {}, 1.0, colour("fff3d6", "f09a80", "d11f2f")),
+    "Blueprint": ("outline", {"pen": 3}, 0.6, colour("123a8c", "5f8fdc", "ffffff")),
+    "Halftone": (
+        "halftone",
+        {"period": 32**0.5, "shift": 1.5, "size": 0.92, "sharpness": 4.0},  # a dot in every other square
+        1.1,
+        colour("fff0cf", "f09a80", "cf2338"),
+    ),
     "Bronze": ("relief", {"angle": 3.93}, 0.6, colour("2b1606", "9a6a34", "ffe3a6")),  # lit from the upper left
     "Mosaic": ("mosaic", {}, 0.65, colour("14596b", "ef7b3c", "fff1c9")),
 }
