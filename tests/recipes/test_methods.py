@@ -168,6 +168,7 @@ def test_amounts_that_cannot_be_are_refused_before_a_model_is_loaded():
 def test_what_the_classes_refuse_is_told_as_a_configuration_error(tiny_sd):
     for method, options, said in (
         ("lora", {"rank": 0}, "PEFT refuses the options of lora"),
+        ("lora", {"modules_to_save": ["conv_out"]}, "modules_to_save.*leave it out"),
         ("lora", {"target_modules": ["to_z"]}, "PEFT refuses the options of lora"),
         ("full", {"betas": [2, 0.9]}, "AdamW refuses"),
         ("sara", {"store": "both"}, "store='both'"),

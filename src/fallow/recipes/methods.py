@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fallow.core.errors import ConfigError, SelectionError, nearest
 from fallow.core.select import Amount
-from fallow.recipes.adapter_files import base_fingerprints, save_full, save_peft
+from fallow.recipes.adapter_files import base_fingerprints, check_peft, save_full, save_peft
 from fallow.selection.largest import Largest
 from fallow.selection.lt_sft import LTSFT
 from fallow.selection.random import Random
@@ -267,8 +267,11 @@ def _with_peft(order: Order, method: str, kind: str, options: dict[str, Any]) ->
         torch.manual_seed(order.seed)
         try:
             config = cls(**options)
+            check_peft(config)
             order.network.requires_grad_(False)
             inject_adapter_in_model(config, order.network)
+        except ConfigError:
+            raise
         except (ValueError, TypeError, NotImplementedError, KeyError) as error:
             said = str(error).strip().splitlines() or [type(error).__name__]
             raise ConfigError(f"PEFT refuses the options of {method} ({kind}): {said[0]}") from error
