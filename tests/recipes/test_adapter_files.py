@@ -371,3 +371,15 @@ def test_saving_replaces_an_older_adapter_only_when_the_new_one_is_complete(full
         save_full(moved(unet(), 5), full[0], base_fingerprints(unet()), {})
     assert {f.name: f.read_bytes() for f in full[0].iterdir()} == before
     assert [p.name for p in full[0].parent.iterdir()] == ["full"]
+
+
+def test_what_is_no_adapter_is_not_replaced_by_one(unet, tmp_path):
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "to-mother.txt").write_text("dear")
+    (tmp_path / "file").write_text("precious")
+    for place, says in (("letters", "in use by something that is no adapter"), ("file", "is a file")):
+        with pytest.raises(AdapterError, match=says):
+            save_full(unet(), tmp_path / place, base_fingerprints(unet()), {})
+        with pytest.raises(AdapterError, match=says):
+            save_peft(with_lora(unet()), tmp_path / place, {})
+    assert (tmp_path / "letters" / "to-mother.txt").read_text() == "dear"

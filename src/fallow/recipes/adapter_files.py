@@ -183,7 +183,7 @@ def save_full(
         raise ConfigError(f"base_fingerprints lack {len(missing)} weights, such as {min(missing)}; give those of all")
     base = {name: [base_fingerprints[name], _told(p.dtype)] for name, p in parameters.items()}
     config = {**metadata, "kind": "full", "version": VERSION, "trained": sum(p.numel() for p in parameters.values())}
-    with atomic_directory(folder) as partial:
+    with _directory(folder) as partial:
         write_tensors(partial / WEIGHTS, parameters, _header(base, metadata))
         write_json(partial / CONFIG, config)
         (partial / "README.md").write_text(_card("full", metadata, _FULL_USE), encoding="utf-8")
@@ -210,11 +210,23 @@ def save_peft(network: nn.Module, folder: str | Path, metadata: Mapping[str, Any
     trained_biases = getattr(settings, "bias", "none") != "none"  # these are no longer the base's
     names = [key for key in parameters if key in adapted and not (trained_biases and key.endswith("bias"))]
     base = {key: [fingerprint(parameters[key]), _told(parameters[key].dtype)] for key in names}
-    with atomic_directory(folder) as partial:
+    with _directory(folder) as partial:
         settings.save_pretrained(str(partial))
         write_tensors(partial / WEIGHTS, tensors, _header(base, metadata))
         (partial / "README.md").write_text(_card(settings.peft_type.value, metadata, _PEFT_USE), encoding="utf-8")
     return Path(folder)
+
+
+@contextlib.contextmanager
+def _directory(folder: str | Path) -> Iterator[Path]:
+    """A new adapter directory, in the place of an older adapter when complete. AdapterError for a place in other use."""
+    place = Path(folder)
+    if place.exists() and not place.is_dir():
+        raise AdapterError(f"{place} is a file; give a directory")
+    if place.is_dir() and any(place.iterdir()) and not (place / CONFIG).is_file():
+        raise AdapterError(f"{place} is in use by something that is no adapter; give another directory")
+    with atomic_directory(place) as partial:
+        yield partial
 
 
 def check_peft(settings: Any) -> None:
