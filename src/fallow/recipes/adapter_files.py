@@ -219,7 +219,7 @@ def save_peft(network: nn.Module, folder: str | Path, metadata: Mapping[str, Any
 
 @contextlib.contextmanager
 def _directory(folder: str | Path) -> Iterator[Path]:
-    """A new adapter directory, in the place of an older adapter when complete. AdapterError for a place in other use."""
+    """A new adapter directory, in the place of an older adapter when complete; AdapterError where other things are."""
     place = Path(folder)
     if place.exists() and not place.is_dir():
         raise AdapterError(f"{place} is a file; give a directory")
