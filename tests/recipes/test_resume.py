@@ -21,7 +21,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "sara": {"method": "sara", "options": {"reselect_at": [3, 9], "rank_weight": 5e-3, "rank_min_side": 15}},
     "sara, averaged": {"method": "sara", "options": {"reselect_at": 9}, "ema": True, "lr": 0.01},
     "shira": {"method": "shira", "ema": True},
-    "lora": {"method": "lora", "options": {"rank": 2, "lora_dropout": 0.3}},
+    "lora": {"method": "lora", "options": {"rank": 2, "lora_dropout": 0.3}, "precision": "fp16"},
     "full": {"method": "full", "ema": True, "precision": "bf16"},
 }
 
@@ -98,6 +98,8 @@ def test_other_settings_are_refused_by_name_and_free_ones_are_not(settings, tmp_
     run = train(settings(output=tmp_path / "run", steps=2)).folder
     with pytest.raises(ConfigError, match="batch_size is 3, was 2"):
         train(TrainConfig(resume=run, batch_size=3))
+    with pytest.raises(ConfigError, match="steps=1 lies behind the 2 steps already made"):
+        train(TrainConfig(resume=run, steps=1))
     with pytest.raises(ConfigError, match="two directories"):
         train(TrainConfig(resume=run, output=tmp_path / "other"))
     assert train(TrainConfig(resume=run, batch_size=2, steps=3, keep=1)).info["steps"] == 3

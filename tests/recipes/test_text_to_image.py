@@ -143,6 +143,21 @@ def test_two_batches_of_four_accumulated_are_one_batch_of_eight(settings, method
             assert (tensor - adapter(two.folder)[name]).abs().max() < 1e-5, name
 
 
+def test_pictures_keep_their_shapes_and_train_together(settings, pictures):
+    for number in (0, 1, 2):
+        Image.new("RGB", (48, 24), (number * 80, 10, 200)).save(pictures / f"{number}.png")
+    shapes = {tuple(mean.shape) for mean in run_of(settings("kept")).examples.means[0]}
+    assert shapes == {(4, 8, 8), (4, 6, 12)}
+    shapes = {tuple(mean.shape) for mean in run_of(settings("square", bucket=False)).examples.means[0]}
+    assert shapes == {(4, 8, 8)}
+    assert len(losses(train(settings("trained", steps=4, accumulation=2)).folder)) == 4
+
+
+def run_of(config: TrainConfig) -> text_to_image.Run:
+    """A run before its first step."""
+    return text_to_image.Run(config, config.output, None, Console(quiet=True))
+
+
 def test_gradient_checkpointing_changes_nothing(settings):
     plain = train(settings("a", method="sara"))
     recomputed = train(settings("b", method="sara", gradient_checkpointing=True))

@@ -432,7 +432,11 @@ class Run:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint. ConfigError where it is beyond the steps that are asked for."""
+        if state["step"] > self.config.steps:
+            raise ConfigError(
+                f"steps={self.config.steps} lies behind the {state['step']} steps already made; give more"
+            )
         self.batches.load_state_dict(state["batches"])
         if self.class_examples is not None:
             self.class_batches.load_state_dict(state["class_batches"])
