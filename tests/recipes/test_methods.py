@@ -90,6 +90,12 @@ def test_what_is_trained_is_counted_and_the_adapter_holds_no_more(tiny_sd, tmp_p
     assert sum(value.numel() for value in made.masters().values()) == made.trained_parameters
 
 
+def test_a_threshold_is_told_only_where_small_entries_are_trained(tiny_sd):
+    for method in ("sara", "largest", "random"):
+        made = make_method(method, Order(network(tiny_sd), 1e-3, {}, 10, 0, [], loss))
+        assert (made.threshold is not None) == (method == "sara")
+
+
 def test_what_the_selections_leave_alone_stays_bit_for_bit(tiny_sd):
     unet, base = network(tiny_sd), network(tiny_sd)
     made = trained(unet, "sara", {"budget": 500})

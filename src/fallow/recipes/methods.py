@@ -59,8 +59,8 @@ class Order:
 class Trained(Protocol):
     """A network in training by one method.
 
-    `trained_where` tells for each weight how many of its entries are trained, and how many it has; `threshold` is the
-    bound of a choice by magnitude; `events` grows by what happens at steps. `masters()` and `put()` give and set the
+    `trained_where` tells for each weight how many of its entries are trained, and how many it has; `threshold` is what
+    |W| was below where that decided; `events` grows by what happens at steps. `masters()` and `put()` give and set the
     trained values exactly, by name: for averages over the steps.
     """
 
@@ -90,7 +90,8 @@ class SelectiveTraining:
         self.total_parameters, self.store = total_parameters, store
         self.trained_parameters = optimizer.trained_parameters
         self.trained_where = optimizer.selected()
-        self.threshold = optimizer.threshold
+        # Elsewhere the bound is on something else: on chance, on a change, or from below.
+        self.threshold = optimizer.threshold if isinstance(optimizer, SaRA) else None
 
     @property
     def events(self) -> list[dict[str, Any]]:

@@ -90,7 +90,7 @@ class TrainConfig(BaseModel):
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
     warmup: int = Field(20, ge=0, description="Steps in which the learning rate rises from 0.")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the gradient to this norm; none: never.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient to this norm; 0: never.")
     min_snr: float | None = Field(None, gt=0, description="Gamma of min-SNR weights (5 is usual); none: no weights.")
     noise_offset: float = Field(0.0, ge=0, description="Noise shared by a whole channel (0.05 is usual).")
     prediction: Prediction | None = Field(
