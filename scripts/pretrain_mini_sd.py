@@ -313,7 +313,7 @@ def train_unet(data: Data, work: Path, steps: int, rng: torch.Generator) -> None
     mean, deviation = latents[:, :4], latents[:, 4:].clamp(-30, 20).mul(0.5).exp()
     prompts, nothing = prompt_table(tokenizer), encode_prompts(tokenizer, [""])
     parameters = [*unet.parameters(), *text.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-2, fused=True)
     schedule, ema = one_cycle(optimizer, 1e-3, steps), Ema([unet, text], 0.999)
     average = 1.0
     for step in range(1, steps + 1):
@@ -429,7 +429,7 @@ def read_seconds(work: Path) -> dict[str, float]:
     return dict(json.loads(file.read_text())) if file.exists() else {}
 
 
-STAGES = {"vae": (train_vae, 3500), "features": (train_features, 2600), "unet": (train_unet, 4000)}
+STAGES = {"vae": (train_vae, 3500), "features": (train_features, 2600), "unet": (train_unet, 3200)}
 
 
 def main() -> None:
