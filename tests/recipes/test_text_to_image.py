@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import os
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -123,6 +123,14 @@ def test_a_log_gets_plain_lines_and_no_bar(settings, tmp_path):
     assert "\x1b" not in log
 
 
+def test_a_terminal_gets_a_bar_with_loss_speed_and_memory(settings):
+    shown = io.StringIO()
+    train(settings(steps=30, log_every=1), console=Console(file=shown, force_terminal=True, width=140))
+    bar = [line for line in shown.getvalue().replace("\r", "\n").splitlines() if "training" in line][-1]
+    for text in ("30/30", "loss ", "steps/s", "MB", "0:00:00"):
+        assert text in bar, text
+
+
 def test_training_folder_is_the_train_half_where_there_is_one(tmp_path):
     (tmp_path / "a" / "train").mkdir(parents=True)
     (tmp_path / "b").mkdir()
@@ -235,6 +243,11 @@ def test_rates_rise_and_fall():
     assert cosine == pytest.approx([1, 0.5 * (1 + math.cos(0.2 * math.pi)), 0.5, 0])
 
 
+def test_the_warm_up_is_a_twentieth_of_the_run_and_at_most_100_steps(settings):
+    warmups = [run_of(settings(f"{steps}", steps=steps, warmup=None)).warmup for steps in (10, 500, 9000)]
+    assert warmups == [0, 25, 100]
+
+
 def test_the_learning_rate_follows_its_schedule(settings):
     run = train(settings(steps=4, warmup=2, lr=0.3, schedule="linear", method="full"))
     assert [line["lr"] for line in metrics(run.folder)] == pytest.approx([0.1, 0.2, 0.3, 0.15])
@@ -339,7 +352,7 @@ def test_a_directory_in_use_is_never_written_into(settings, tmp_path):
             train(settings(name))
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc/version").exists(), reason="root may write anywhere")
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place in which nobody can write, root included")
 def test_an_output_that_cannot_be_written_is_told_before_anything_is_loaded(settings, monkeypatch):
     monkeypatch.setattr(text_to_image, "load_pipeline", lambda *a, **k: pytest.fail("the model was loaded"))
     with pytest.raises(

@@ -89,7 +89,9 @@ class TrainConfig(BaseModel):
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
-    warmup: int = Field(20, ge=0, description="Steps in which the learning rate rises from 0.")
+    warmup: int | None = Field(
+        None, ge=0, description="Steps in which the learning rate rises from 0; a twentieth, at most 100, if not given."
+    )
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient to this norm; 0: never.")
     min_snr: float | None = Field(None, gt=0, description="Gamma of min-SNR weights (5 is usual); none: no weights.")
     noise_offset: float = Field(0.0, ge=0, description="Noise shared by a whole channel (0.05 is usual).")
@@ -199,6 +201,7 @@ class Run:
         """Everything up to the first step; with `state`, of a checkpoint, up to the first step after it."""
         self.config, self.folder, self.console = config, folder, console
         self.step, self.seconds = 0, 0.0  # updates made, and the time they took
+        self.warmup = min(100, config.steps // 20) if config.warmup is None else config.warmup
         self.device = chosen_device(config.device)
         self.pictures = read_pictures(training_folder(config.data), config.prompt)
         self.class_pictures = read_pictures(config.class_data, config.class_prompt) if config.class_data else []
@@ -349,7 +352,7 @@ class Run:
     def update(self) -> tuple[torch.Tensor, torch.Tensor, float]:
         """One update; returns its loss and its gradient's norm, still on the device, and the learning rate."""
         config, optimizer = self.config, self.trained.optimizer
-        share = rate_at(self.step, config.steps, config.warmup, config.schedule)
+        share = rate_at(self.step, config.steps, self.warmup, config.schedule)
         for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * share
         torch.manual_seed(seed_of("network", config.seed, self.step))  # what dropout in the network draws
@@ -408,7 +411,7 @@ class Run:
         half = ", or train with precision bf16 or no" if self.config.precision == "fp16" else ""
         return (
             f"{what} at step {step}, so the run has stopped; {kept}. Lower lr={self.rates[0]:g} or max_grad_norm="
-            f"{self.config.max_grad_norm}, or lengthen warmup={self.config.warmup}{half}"
+            f"{self.config.max_grad_norm}, or lengthen warmup={self.warmup}{half}"
         )
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
