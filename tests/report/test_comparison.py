@@ -6,9 +6,9 @@ import json
 import re
 
 import pytest
+from run_folders import change
 from test_run import Wellformed, images
 
-from conftest import change
 from fallow.core.errors import DataError
 from fallow.report.comparison import strip, write_comparison_page
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from run_folders import change, make_run, picture
 
-from conftest import change, make_run, picture
 from fallow.core.errors import DataError
 from fallow.report.run import block_of, kind_of, read_run, write_run_report
 
