@@ -379,6 +379,14 @@ def test_what_cannot_be_trained_is_told_and_leaves_no_directory(settings, more, 
     assert not config.output.exists()
 
 
+def test_an_empty_folder_of_the_users_stays_when_nothing_was_trained(settings):
+    config = settings(options={"rank_weight": 1e-3}, samples=1)
+    config.output.mkdir()
+    with pytest.raises(SelectionError):
+        train(config)
+    assert list(config.output.iterdir()) == []
+
+
 def test_settings_are_refused_when_they_are_made():
     for values, said in (
         ({"stpes": 3}, r"there is no setting 'stpes' \(did you mean 'steps'\?\)"),

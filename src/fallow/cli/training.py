@@ -105,7 +105,7 @@ def show_run(outcome: Any, json: bool) -> None:
         show.result({**places, **{name: value for name, value in info.items() if name != "trained_where"}})
         return
     trained, total = info["trained_parameters"], info["total_parameters"]
-    drawing = info["prompts"][:1] + ([] if info["model"] == "mini-sd" else ["--model", info["model"]])
+    drawing = (info["prompts"][:1] or ["A PROMPT"]) + ([] if info["model"] == "mini-sd" else ["--model", info["model"]])
     show.facts(
         f"{info['method']} on {info['data']}",
         [

@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import tempfile
 import tomllib
 from pathlib import Path
@@ -29,13 +30,17 @@ def free_name(method: str, data: str) -> Path:
     return Path("runs") / f"{name}-{number}"
 
 
-def claim(folder: Path) -> None:
-    """Make the directory of a new run. ConfigError where something is in it already, or it cannot be written."""
+def claim(folder: Path) -> bool:
+    """Make the directory of a new run; tells whether it was there already.
+
+    ConfigError where something is in it, or it cannot be written.
+    """
     try:
         if folder.is_dir() and any(folder.iterdir()):
             raise ConfigError(
                 f"output {folder} is not empty; give another one, or go on with it: fallow train --resume {folder}"
             )
+        there = folder.is_dir()
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise ConfigError(f"output {folder} is, or lies in, a file; give a folder") from None
@@ -44,6 +49,16 @@ def claim(folder: Path) -> None:
             f"output {folder} cannot be made ({error.strerror}); give a folder that you may write to"
         ) from None
     refuse_read_only(folder)
+    return there
+
+
+def clear(folder: Path) -> None:
+    """Take away what a run that never began has put into its directory."""
+    for place in folder.iterdir():
+        if place.is_dir():
+            shutil.rmtree(place, ignore_errors=True)
+        else:
+            place.unlink(missing_ok=True)
 
 
 def refuse_read_only(folder: Path) -> None:

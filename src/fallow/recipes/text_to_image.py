@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 import signal
 import threading
 import time
@@ -155,13 +154,15 @@ def train(
         config, folder = resumed_config(config)
     else:
         folder = config.output or run_directory.free_name(config.method, config.data)
-        run_directory.claim(folder)
+        there = run_directory.claim(folder)
     try:
         state = load_checkpoint(folder) if resumed else None
         run = Run(config, folder, state, console)
     except BaseException:
         if not resumed:  # nothing is trained yet: leave no half-made run in the way of the next try
-            shutil.rmtree(folder, ignore_errors=True)
+            run_directory.clear(folder)
+            if not there:
+                folder.rmdir()
         raise
     run.info["command"] = command or f"fallow train --config {folder / 'config.toml'}"
     with interrupts() as interrupted:
