@@ -67,7 +67,7 @@ def test_a_comparison_whose_pictures_and_runs_are_gone_still_has_its_table(compa
 
 
 def test_pictures_of_real_size_come_into_a_row_smaller(tmp_path):
-    from conftest import picture
+    from run_folders import picture
 
     row = strip(
         [picture(tmp_path / "a.png", 512, 256), tmp_path / "missing.png", picture(tmp_path / "b.png", 512, 512)]
