@@ -99,6 +99,16 @@ def test_parameters_tied_by_storage_collect_the_gradients_of_both_uses():
     torch.testing.assert_close(slots["0.weight"].proxy.grad, both[slots["0.weight"].index.long()])
 
 
+def test_parameters_that_a_cast_has_untied_are_told_instead_of_trained_apart():
+    one = nn.Linear(8, 8, bias=False)
+    model = nn.Sequential(one, nn.Linear(8, 8, bias=False))
+    model[1].weight = nn.Parameter(one.weight.data)
+    capture_of(model)
+    model.bfloat16()
+    with pytest.raises(ModelError, match=r"'0.weight' was tied through its storage.*tie the whole Parameter"):
+        model(torch.randn(2, 8).bfloat16()).sum().backward()
+
+
 def test_one_dense_gradient_is_alive_at_a_time(peak_bytes):
     def peak_of_backward(selective: bool) -> int:
         model = nn.Sequential(*(nn.Linear(128, 128, bias=False) for _ in range(6)))

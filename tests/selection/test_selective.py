@@ -317,6 +317,36 @@ def test_weights_loaded_into_the_model_in_between_are_followed(mlp):
     assert same(weights(model), {name: best[name] for name in weights(model)})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["sara", "shira"])
+def test_values_written_past_autograd_are_saved_and_trained_on(mlp, dtype, method):
+    """`param.data.copy_`, as in the EMA of diffusers, does not raise autograd's version counter."""
+    model = mlp(dtype)
+    make = fallow.SaRA if method == "sara" else fallow.SHiRA
+    optimizer = make(model, **({"fraction": 0.1} if method == "sara" else {"mask": "wm", "density": 0.1}), lr=1e-2)
+    base, entry = weights(model), optimizer.slots["0.weight"].index.long()
+    train(model, optimizer, range(1))
+    early = weights(model)
+    train(model, optimizer, range(1, 4))
+    for name, param in model.named_parameters():
+        param.data.copy_(early[name])
+    change = optimizer.delta().entries["0.weight"].values
+    saved = (base["0.weight"].float().view(-1)[entry] + change).to(dtype)
+    expected = early["0.weight"].view(-1)[entry]
+    torch.testing.assert_close(saved, expected, rtol=0, atol=1e-8)
+    assert not torch.equal(expected, base["0.weight"].view(-1)[entry])
+    train(model, optimizer, range(4, 5))
+    late = weights(model)
+    for name, param in model.named_parameters():
+        param.data.copy_(early[name])
+    for proxy in optimizer.trainable():
+        proxy.grad = torch.zeros_like(proxy)
+    optimizer.state.clear()
+    optimizer.step()  # a zero gradient and no moments: nothing may move
+    assert not same(late, early)
+    assert same(weights(model), early)
+
+
 def test_training_is_refused_while_the_model_shows_another_scale(mlp):
     model = mlp()
     optimizer = fallow.SaRA(model, fraction=0.1, lr=1e-2)

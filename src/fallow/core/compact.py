@@ -45,7 +45,6 @@ class Slot:
         self.selected = index.numel()
         self.base = self.read()
         self.proxy = nn.Parameter(self._from_values(self.base.to(self.precision)))
-        self._seen = self._versions()
 
     @property
     def weight(self) -> nn.Parameter:
@@ -74,7 +73,6 @@ class Slot:
     def write(self, values: Tensor, index: Tensor | None = None) -> None:
         """Put values (rounded to the weight's dtype) into the weight at `index`, by default all of the slot's."""
         scatter(self.weight, self.index if index is None else index, values)
-        self._seen = self._versions()
 
     def values(self) -> Tensor:
         """(k,) the trained entries' values at the proxy's precision."""
@@ -89,21 +87,19 @@ class Slot:
     def refresh(self) -> None:
         """Follow what others wrote into the weight (load_state_dict, an EMA): where it is not round(master), it
         wins.
+
+        The values are compared each time: writes through `param.data`, as the EMA of diffusers makes them, leave
+        autograd's version counter as it was.
         """
-        if self._versions() == self._seen:
-            return
         present = gather(self.weight, self.trained)
-        master = self.values()
-        same = present == master.to(present.dtype)
+        if self.form == "value" and present.dtype == self.proxy.dtype:
+            self.proxy.copy_(present)
+            return
+        same = present == self.values().to(present.dtype)
         self.proxy.copy_(torch.where(same, self.proxy, self._from_values(present.to(self.precision))))
-        self._seen = self._versions()
 
     def _from_values(self, values: Tensor) -> Tensor:
         return values.clone() if self.form == "value" else values - self.base_of_trained()
-
-    def _versions(self) -> int:
-        # The counter that autograd raises with every in-place write; reading it costs no device sync.
-        return sum(param._version for param in self.params)
 
     # -- gradients ----------------------------------------------------------------------------------------------------
 
@@ -114,6 +110,11 @@ class Slot:
             raise ModelError(
                 f"'{self.name}' was moved from {self.proxy.device} to {grad.device} after the optimizer was made; "
                 "move the model first, then make the optimizer"
+            )
+        if any(param.data_ptr() != self.weight.data_ptr() for param in self.params[1:]):
+            raise ModelError(
+                f"'{self.name}' was tied through its storage and is so no more: the model was moved or cast after the "
+                "optimizer was made; do that first and tie the whole Parameter"
             )
         part = gather(grad, self.trained).to(self.proxy.dtype)
         if self.proxy.grad is None:
