@@ -181,3 +181,24 @@ def test_what_the_classes_refuse_is_told_as_a_configuration_error(tiny_sd):
     ):
         with pytest.raises(ConfigError, match=said):
             make_method(method, Order(network(tiny_sd), None, options, 10, 0, [], loss))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        ("sara", {"betas": 3}, r"betas=3 must be two numbers, like \[0\.9, 0\.999\]"),
+        ("sara", {"rank_weight": "abc"}, "rank_weight='abc' must be a number"),
+        ("sara", {"weight_decay": float("nan")}, "weight_decay=nan must be a number"),
+        ("sara", {"rank_convs": 1}, "rank_convs=1 must be true or false"),
+        ("random", {"fraction": 0.1, "seed": "abc"}, "seed='abc' must be a whole number"),
+        ("random", {"fraction": 0.1, "seed": 2**63}, "must be from 0 to 2"),
+        ("shira", {"mask": "wm", "task": 0.5}, "task=0.5 must be a whole number"),
+        ("lora", {"betas": 3}, "betas=3 must be two numbers"),
+        ("full", {"weight_decay": "abc"}, "weight_decay='abc' must be a number"),
+        ("sara", {"reselect_at": None}, "the option reselect_at of the method sara has no value"),
+        ("lora", {"target_modules": None}, "the option target_modules of the method lora has no value"),
+    ],
+)
+def test_an_option_of_the_wrong_kind_is_refused_by_name(tiny_sd, method, options, said):
+    with pytest.raises(ConfigError, match=said):
+        trained(network(tiny_sd), method, options, steps=0)

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_type_hints
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -36,6 +37,17 @@ RANK_WEIGHT = 5e-3  # of SaRA's nuclear-norm term: the paper's best
 RESELECT_AT = 0.5  # SaRA's progressive re-selection: once, at half of the run, as in the paper
 ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}  # torch's own, of the dense methods
 AMOUNTS = tuple(field.name for field in dataclasses.fields(Amount))
+SEEDS = 2**63  # seeds are below: torch's generators take no others
+# What the plain arguments of the selective classes must be, by their annotation; the classes check all others.
+PLAIN: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    int: (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number"),
+    float: (lambda value: _is_number(value), "a number"),
+    bool: (lambda value: isinstance(value, bool), "true or false"),
+    tuple[float, float]: (
+        lambda value: isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value)),
+        "two numbers, like [0.9, 0.999]",
+    ),
+}
 STORES = ("delta", "value")
 
 
@@ -238,6 +250,9 @@ def _shira(order: Order) -> Trained:
 
 
 def _called(cls: type[Selective], network: nn.Module, options: dict[str, Any]) -> Selective:
+    annotations = get_type_hints(cls.__init__)
+    for name, value in options.items():
+        _check_plain(name, value, annotations.get(name))
     if "betas" in options:
         options["betas"] = tuple(options["betas"])
     return cls(network, **options)
@@ -299,6 +314,8 @@ def _full(order: Order) -> Trained:
 def _adamw(options: dict[str, Any]) -> dict[str, Any]:
     """Take AdamW's own arguments out of the options."""
     taken = {name: options.pop(name, default) for name, default in ADAMW.items()}
+    for name, value in taken.items():
+        _check_plain(name, value, tuple[float, float] if name == "betas" else float)
     return {**taken, "betas": tuple(taken["betas"])}
 
 
@@ -384,9 +401,25 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
     for name in options:
         if name not in allowed:
             raise ConfigError(f"the method {method} has no option '{name}'{nearest(name, allowed)}")
+        if options[name] is None:
+            raise ConfigError(f"the option {name} of the method {method} has no value; give one, or leave it out")
     amounts = {name: options[name] for name in AMOUNTS if name in options and options[name] is not None}
     if amounts and method not in ("lora", "peft", "full"):
         Amount(**amounts)
+
+
+def _check_plain(name: str, value: Any, annotation: Any) -> None:
+    """ConfigError for the value of an option that is not of the plain kind that its annotation says."""
+    if annotation in PLAIN:
+        fits, wanted = PLAIN[annotation]
+        if not fits(value):
+            raise ConfigError(f"{name}={value!r} must be {wanted}")
+    if name == "seed" and not 0 <= value < SEEDS:
+        raise ConfigError(f"seed={value} must be from 0 to 2**63 - 1")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def make_method(method: str, order: Order) -> Trained:
