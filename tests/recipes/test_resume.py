@@ -132,6 +132,28 @@ def test_what_is_no_run_or_has_no_checkpoint_or_a_broken_one_is_told(settings, t
         AdapterError, match=r"step-000002 is damaged.*delete .*step-000002 to go on from the one before"
     ):
         train(TrainConfig(resume=run))
+    file.write_text('{"dict": 3}')
+    with pytest.raises(AdapterError, match="step-000002 is damaged"):
+        train(TrainConfig(resume=run))
+    file.write_text('{"dict": [["step", 2]]}')
+    with pytest.raises(AdapterError, match=r"last checkpoint of .*run does not fit this run \(KeyError: 'batches'\)"):
+        train(TrainConfig(resume=run))
+    with (run / "config.toml").open("a") as config:
+        config.write("[extra]\na = 1\n")
+    with pytest.raises(ConfigError, match=r"run/config.toml: there is no setting 'extra'"):
+        train(TrainConfig(resume=run))
+    assert [folder.name for folder in checkpoints(run)] == ["step-000001", "step-000002"]
+
+
+def test_a_resumed_run_tells_every_command_and_how_to_go_on_can_be_pasted(settings, tmp_path):
+    run = tmp_path / "my run"
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        train(settings(output=run), command="fallow train --steps 12", after_step=interrupt_at(2))
+    assert str(stopped.value).endswith(f"--resume '{run}'")
+    with pytest.raises(ConfigError, match=f"--resume '{run}'"):
+        train(settings(output=run))
+    info = train(TrainConfig(resume=run, steps=12), command="fallow train --resume 'my run'").info
+    assert info["command"] == "fallow train --steps 12\nfallow train --resume 'my run'"
 
 
 def test_a_nested_state_survives_as_tensors_and_json(tmp_path):

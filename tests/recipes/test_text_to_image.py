@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -78,6 +79,16 @@ def test_a_run_makes_its_directory_and_says_what_it_did(settings, tmp_path, page
     page = (folder / "report.html").read_text()
     assert "fallow train --data things" in page
     assert "data:image/png;base64" in page
+
+
+def test_examples_keep_their_proportions(settings, pictures):
+    for file in pictures.glob("*.png"):
+        wide = Image.new("RGB", (96, 32), "white")
+        wide.paste("black", (32, 0, 64, 32))  # a square in the middle
+        wide.save(file)
+    outcome = train(settings(samples=1, sample_steps=1))
+    with Image.open(outcome.folder / "samples" / "examples.png") as shown:
+        assert np.asarray(shown.convert("L")).max() == 0
 
 
 def test_the_adapter_is_small(settings):
@@ -398,6 +409,9 @@ def test_settings_are_refused_when_they_are_made():
         ({"sample_prompts": ["a dress", " "]}, "empty prompt"),
         ({"precision": "fp8"}, "precision fp8"),
         ({"lr": -1.0}, "lr -1.0"),
+        ({"guidance": math.nan}, "guidance nan: input should be a finite number"),
+        ({"noise_offset": math.inf}, "noise_offset inf: input should be a finite number"),
+        ({"seed": 2**63}, "seed 9223372036854775808: input should be less than"),
     ):
         with pytest.raises((ConfigError, SelectionError), match=said):
             make_config(TrainConfig, values)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -87,14 +88,15 @@ def load_checkpoint(run: Path) -> dict[str, Any]:
     found = checkpoints(run)
     if not found:
         raise ConfigError(
-            f"{run} has no checkpoint to go on from; train anew with: fallow train --config {run}/config.toml"
+            f"{run} has no checkpoint to go on from; train anew with: fallow train --config "
+            f"{shlex.quote(str(run / 'config.toml'))}"
         )
     newest = found[-1]
     advice = f"delete {newest} to go on from the one before" if len(found) > 1 else "train anew"
     try:
         tensors, _ = read_tensors(newest / "state.safetensors")
         state = join(tensors, json.loads((newest / "state.json").read_text(encoding="utf-8")))
-    except (AdapterError, OSError, ValueError, KeyError) as error:
+    except (AdapterError, OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"the checkpoint {newest} is damaged ({error}); {advice}") from None
     if not isinstance(state, dict):
         raise AdapterError(f"the checkpoint {newest} holds no state of a run; {advice}")

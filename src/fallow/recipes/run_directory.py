@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import tempfile
 import tomllib
@@ -38,7 +39,8 @@ def claim(folder: Path) -> bool:
     try:
         if folder.is_dir() and any(folder.iterdir()):
             raise ConfigError(
-                f"output {folder} is not empty; give another one, or go on with it: fallow train --resume {folder}"
+                f"output {folder} is not empty; give another one, or go on with it: fallow train --resume "
+                f"{shlex.quote(str(folder))}"
             )
         there = folder.is_dir()
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shlex
 import signal
 import threading
 import time
@@ -22,13 +23,13 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DDPMScheduler
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 from torch import nn
 
 from fallow import assets
-from fallow.core.errors import ConfigError, TrainingError
+from fallow.core.errors import AdapterError, ConfigError, FallowError, TrainingError
 from fallow.core.files import atomic_write
 from fallow.recipes import run_directory
 from fallow.recipes.adapter_files import adapter_size
@@ -56,7 +57,7 @@ FREE = {
 class TrainConfig(BaseModel):
     """What to train, on what, how; each field is a flag of `fallow train`."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     model: str = Field("mini-sd", description="Base model: mini-sd, a pipeline directory, or a hub id.")
     data: str = Field("blueprint", description="Shipped style set, or a folder of pictures (or with train/ in it).")
@@ -71,7 +72,7 @@ class TrainConfig(BaseModel):
     accumulation: int = Field(1, ge=1, description="Batches that make one update.")
     output: Path | None = Field(None, description="Run directory; runs/<method>-<data>-<n> when not given.")
     resume: Path | None = Field(None, description="Run directory to go on with, from its last checkpoint.")
-    seed: int = Field(0, ge=0, description="Of all chance: order, noise, choice of entries.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Of all chance: order, noise, choice of entries.")
     device: str | None = Field(None, description="cpu, cuda, ...; the best there is when not given.")
     resolution: int | None = Field(None, ge=8, description="Side of a square picture; the model's own when not given.")
     bucket: bool = Field(True, description="Keep the pictures' shapes, in buckets of equal size; off: square crops.")
@@ -145,8 +146,9 @@ def train(
     `console` shows progress; `command` is what the page says made the run; `after_step(step)` is called after each
     update. An interrupt (Ctrl-C, SIGTERM) ends the step, saves a checkpoint and raises KeyboardInterrupt.
 
-    Raises ConfigError, DataError, ModelError or SelectionError before anything is trained (a new run then leaves no
-    directory), and TrainingError where the loss is no number any more; checkpoints are kept.
+    Raises ConfigError, DataError, ModelError or SelectionError (and AdapterError for a checkpoint that does not fit)
+    before anything is trained (a new run then leaves no directory), and TrainingError where the loss is no number any
+    more; checkpoints are kept.
     """
     console = console or Console(stderr=True, quiet=True)
     resumed = config.resume is not None
@@ -164,7 +166,7 @@ def train(
             if not there:
                 folder.rmdir()
         raise
-    run.info["command"] = command or f"fallow train --config {folder / 'config.toml'}"
+    run.note_command(command or shlex.join(["fallow", "train", "--config", str(folder / "config.toml")]), resumed)
     with interrupts() as interrupted:
         try:
             run.walk(interrupted, after_step)
@@ -183,7 +185,11 @@ def resumed_config(config: TrainConfig) -> tuple[TrainConfig, Path]:
     """The settings of the run to go on with, and its folder; those that `config` sets must agree, but for FREE ones."""
     folder = config.resume
     assert folder is not None
-    saved = make_config(TrainConfig, run_directory.settings_of(folder))
+    settings = run_directory.settings_of(folder)
+    try:
+        saved = make_config(TrainConfig, settings)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / 'config.toml'}: {error}") from None
     run_directory.refuse_read_only(folder)
     given = {name: getattr(config, name) for name in config.model_fields_set - {"resume"}}
     if "output" in given and given["output"] != folder:
@@ -231,7 +237,15 @@ class Run:
         if config.ema:
             self.average = MovingAverage(self.trained, config.ema_decay)
         if state is not None:
-            self.load_state_dict(state)
+            try:
+                self.load_state_dict(state)
+            except FallowError:
+                raise
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:  # parts are missing, or of other shapes
+                raise AdapterError(
+                    f"the last checkpoint of {folder} does not fit this run ({type(error).__name__}: {error}); was the "
+                    "base model replaced, or Fallow updated? Train anew"
+                ) from error
 
         with atomic_write(folder / "config.toml") as partial:
             partial.write_text(to_toml(config, exclude={"output", "resume"}), encoding="utf-8")
@@ -243,6 +257,11 @@ class Run:
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False)
+
+    def note_command(self, command: str, resumed: bool) -> None:
+        """What made the run; of a run that was resumed, every command, one on each line."""
+        former = [str(self.info["command"])] if resumed and self.info.get("command") else []
+        self.info["command"] = "\n".join([*former, command])
 
     # -- before the first step ----------------------------------------------------------------------------------------
 
@@ -338,7 +357,7 @@ class Run:
                         self.save()
                     raise KeyboardInterrupt(
                         f"stopped after step {self.step} of {config.steps}, which is saved. Go on with: "
-                        f"fallow train --resume {self.folder}"
+                        f"fallow train --resume {shlex.quote(str(self.folder))}"
                     )
                 if config.samples and config.sample_every and self.step % config.sample_every == 0 and not last:
                     self.note_peak()
@@ -479,10 +498,10 @@ class Run:
         self.write_sheet(name, pictures)
 
     def show_examples(self) -> None:
-        """samples/examples.png: pictures of the data, at the size of the drawings."""
+        """samples/examples.png: pictures of the data, cut to the square of the drawings."""
         opened = [open_picture(picture.path) for picture in self.chosen_pictures()]
         side = int(self.network.config.sample_size) * int(self.pipeline.vae_scale_factor)
-        self.write_sheet("examples", [picture.resize((side, side)) for picture in opened])
+        self.write_sheet("examples", [ImageOps.fit(picture, (side, side)) for picture in opened])
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Within the block the network has the averaged values, where an average is asked for."""
