@@ -223,8 +223,12 @@ def test_the_global_random_state_and_training_modes_are_as_before(pipeline):
 
 def test_sides_are_those_asked_for_and_impossible_ones_refused(pipeline):
     assert generate(pipeline, ["x"], seeds=[0], width=48, height=40, **QUICK)[0].size == (48, 40)
-    with pytest.raises(ConfigError, match="width=30 is not a multiple of 4; give 28 or 32"):
+    with pytest.raises(ConfigError, match="width=30 is not a multiple of 8; give 24 or 32"):
         generate(pipeline, ["x"], seeds=[0], width=30, **QUICK)
+    with pytest.raises(ConfigError, match="1001 denoising steps are impossible with this model; give 1 to 1000"):
+        generate(pipeline, ["x"], seeds=[0], steps=1001, guidance=1.0)
+    with pytest.raises(ConfigError, match="guidance=nan must be a finite number"):
+        generate(pipeline, ["x"], seeds=[0], steps=1, guidance=float("nan"))
     with pytest.raises(ConfigError, match="2 seeds for 1 prompts"):
         generate(pipeline, ["x"], seeds=[0, 1], **QUICK)
     assert generate(pipeline, [], seeds=[], **QUICK) == []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,8 @@ def load_pipeline(model: str, device: str | None = None, dtype: torch.dtype = to
 
 
 def _loaded(model: str) -> Any:
+    if not model.strip():
+        raise ModelError(f"the model has no name; {WHAT_TO_GIVE}")
     source = assets.MINI_SD if model == "mini-sd" else Path(model).expanduser()
     if source.is_file():
         return _from_file(source)
@@ -253,11 +256,16 @@ def generate(
     """
     if len(seeds) != len(prompts):
         raise ConfigError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one for each")
-    factor = pipeline.vae_scale_factor
+    multiple = math.lcm(pipeline.vae_scale_factor, 8)  # diffusers takes no sides but multiples of 8
     for name, side in (("width", width), ("height", height)):
-        if side is not None and (side < factor or side % factor):
-            below = max(factor, side // factor * factor)
-            raise ConfigError(f"{name}={side} is not a multiple of {factor}; give {below} or {below + factor}")
+        if side is not None and (side < multiple or side % multiple):
+            below = max(multiple, side // multiple * multiple)
+            raise ConfigError(f"{name}={side} is not a multiple of {multiple}; give {below} or {below + multiple}")
+    most = pipeline.scheduler.config.num_train_timesteps
+    if not 1 <= steps <= most:
+        raise ConfigError(f"{steps} denoising steps are impossible with this model; give 1 to {most}, 25 is usual")
+    if not math.isfinite(guidance):
+        raise ConfigError(f"guidance={guidance} must be a finite number; 1 is none, 3 to 8 is usual")
     if not prompts:
         return []
     _tell_of_long_prompts(pipeline.tokenizer, prompts)
