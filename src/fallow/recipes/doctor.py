@@ -28,8 +28,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fallow import assets
 from fallow.analysis.memory import Estimate, estimate_dense, estimate_selective
-from fallow.core.errors import ConfigError, ModelError, SelectionError
-from fallow.recipes.methods import LORA_TARGETS
+from fallow.core.errors import ConfigError, ModelError, SelectionError, nearest
+from fallow.recipes.methods import LORA_TARGETS, METHODS
+from fallow.recipes.pictures import buckets
 from fallow.recipes.pipelines import is_hub_id
 
 # What the optional packages are for. Nothing of the two main commands needs any of them.
@@ -274,6 +275,9 @@ def memory(plan: Plan) -> list[Estimate]:
     """
     if plan.batch_size < 1:
         raise ConfigError(f"batch_size={plan.batch_size} is no batch; give 1 or more")
+    known = [name for name in METHODS if name != "peft"]  # which tensors that trains its own options say
+    if plan.method not in known:
+        raise ConfigError(f"method={plan.method} cannot be estimated{nearest(plan.method, known)}")
     if plan.rank < 1:
         raise ConfigError(f"rank={plan.rank} is too small; give 1 or more")
     if plan.precision not in ("no", "bf16", "fp16"):
@@ -408,11 +412,9 @@ def batch_loss(plan: Plan, source: Source, network: Any) -> Callable[[], Tensor]
     config = source.config()
     side = int(config.get("sample_size") or 64)
     if plan.resolution is not None:
-        side = plan.resolution // (pixels_per_latent(source))
-        if side < 1:
-            raise ConfigError(
-                f"resolution={plan.resolution} leaves no latent; give a multiple of {pixels_per_latent(source)}"
-            )
+        multiple = pixels_per_latent(source) * 2 ** (len(config["block_out_channels"]) - 1)
+        buckets(plan.resolution, multiple)  # refuses, as training does, what the network cannot halve
+        side = plan.resolution // pixels_per_latent(source)
     channels, width = int(config["in_channels"]), config["cross_attention_dim"]
     width = int(width[0] if isinstance(width, (list, tuple)) else width)
     noisy = torch.randn(plan.batch_size, channels, side, side)
