@@ -179,6 +179,6 @@ def test_lists_of_numbers_are_read_and_what_is_none_is_refused():
     for text in ("0,,1", "nan", "a", "inf"):
         with pytest.raises(ConfigError, match="--scales"):
             flags.numbers(text, "--scales")
-    for text in ("5-3", "x", "1.5", "", "-1"):
+    for text in ("5-3", "x", "1.5", "", "-1", "²", "1-²"):
         with pytest.raises(ConfigError, match="--seeds"):
             flags.whole_numbers(text, "--seeds")

@@ -18,7 +18,10 @@ from fallow.cli import show
 from fallow.core.errors import FallowError
 
 # What the operating system refuses is for the user to put right: permissions, a full disk, a file in a folder's place.
-REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EISDIR, errno.EDQUOT}
+REFUSED = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EISDIR, errno.EDQUOT, errno.ENAMETOOLONG,
+    errno.ELOOP,
+}  # fmt: skip
 
 
 @contextmanager
@@ -53,7 +56,7 @@ def explain(error: Exception) -> tuple[str, int]:
     kind = type(error).__name__
     text = str(error).strip().splitlines()
     said = f"{kind}: {text[0]}" if text else kind
-    if "OutOfMemory" in kind or isinstance(error, MemoryError):
+    if "OutOfMemory" in kind or isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return (
             f"{said}\nThere is not enough memory for this run. Give a smaller --batch-size (with --accumulation to "
             "make up for it), --gradient-checkpointing or --precision bf16; `fallow doctor --model M --method sara` "

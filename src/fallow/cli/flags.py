@@ -238,7 +238,7 @@ def whole_numbers(text: str, flag: str) -> list[int]:
     values: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
             raise ConfigError(f"{flag} {text}: '{part}' is no whole number; give for example 0,1,2 or 0-9")
         values += range(int(first), int(last) + 1) if dash else [int(first)]
     return values
