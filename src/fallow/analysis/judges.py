@@ -19,9 +19,8 @@ from PIL import Image
 
 from fallow.analysis.features import GarmentNet
 from fallow.analysis.images import alignment, to_tensor
+from fallow.assets import GARMENT_NET
 from fallow.core.errors import ModelError
-
-GARMENT_NET = Path(__file__).resolve().parents[1] / "assets" / "garment-net"
 
 
 @dataclass
