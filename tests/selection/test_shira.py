@@ -312,6 +312,11 @@ class TestCalibration:
         ({"mask": "struct", "density": 0.01}, SelectionError, "used up by its diagonal"),
         ({"mask": "struct", "every": 0}, ConfigError, "every=0"),
         ({"mask": "struct", "every": 4, "offset": 4}, ConfigError, "offset=4"),
+        (
+            {"mask": "struct", "density": 0.3, "offset": 5},
+            SelectionError,
+            r"offset=5 takes no row.*give offset < 5,",
+        ),
         ({"mask": "wm", "task": -1}, ConfigError, "task=-1"),
         ({"mask": "rand", "task": 1}, ConfigError, "0 unless mask='wm'"),
         ({"mask": "rand", "offset": 1}, ConfigError, "belong to mask='struct'"),

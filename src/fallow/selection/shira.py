@@ -92,7 +92,14 @@ def spacing(target: Target, amount: Amount, diagonal: bool) -> int:
 
 
 def struct_index(target: Target, every: int, offset: int, diagonal: bool, columns: bool) -> Tensor:
+    """Sorted flat indices; SelectionError where no row (or column) has this offset: the diagonal alone is left."""
     n, m = matrix_shape(target.weight)
+    if offset >= min(every, m if columns else n):
+        raise SelectionError(
+            f"offset={offset} takes no {'column' if columns else 'row'} of '{target.name}' "
+            f"{tuple(target.weight.shape)}, of which one in {every} is trained; give offset < "
+            f"{min(every, m if columns else n)}, or every="
+        )
     i, j = torch.arange(n).view(n, 1), torch.arange(m).view(1, m)
     mask = ((j if columns else i) % every == offset).expand(n, m)
     if diagonal:
