@@ -446,6 +446,10 @@ def test_five_per_cent_are_trained_by_default(mlp):
         ({"rank_weight": math.nan, "lr": 1e-3}, ConfigError, "rank_weight=nan"),
         ({"rank_weight": 1e-3, "rank_layers": "some", "lr": 1e-3}, ConfigError, "rank_layers='some'"),
         ({"rank_weight": 1e-3, "rank_mode": "svt", "lr": 1e-3}, ConfigError, "did you mean 'svd'"),
+        ({"rank_weight": 0.0, "rank_layers": "some", "lr": 1e-3}, ConfigError, "rank_layers='some'"),
+        ({"rank_weight": 0.0, "rank_mode": "svt", "lr": 1e-3}, ConfigError, "did you mean 'svd'"),
+        ({"betas": (0.5, 0.9), "lr": 1e-3, "rule": torch.optim.SGD}, ConfigError, "would be ignored; give them to the"),
+        ({"eps": 1e-6, "lr": 1e-3, "rule": torch.optim.SGD}, ConfigError, "would be ignored; give them to the"),
         ({"reselect_at": 1.5, "lr": 1e-3}, ConfigError, "reselect_at"),
     ],
 )

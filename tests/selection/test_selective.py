@@ -299,6 +299,28 @@ def test_another_rule_may_take_the_place_of_adamw(mlp):
     torch.testing.assert_close(slot.read(), expected)
 
 
+def test_a_rule_with_a_group_for_each_weight_resumes_where_the_choice_is_the_same(mlp):
+    def make(model: nn.Module, **options) -> fallow.SaRA:
+        def rule(groups: list[dict]) -> torch.optim.Optimizer:
+            return torch.optim.AdamW([{"params": [p], "lr": 1e-2 / (1 + i)} for i, p in enumerate(groups[0]["params"])])
+
+        return fallow.SaRA(model, fraction=0.1, lr=1e-2, rule=rule, reselect_at=2, **options)
+
+    model, twin = mlp(), mlp()
+    optimizer, other = make(model), make(twin)
+    train(model, optimizer, range(3))
+    saved = through_a_file(optimizer.state_dict())
+    other.load_state_dict(saved)
+    for net, rule in ((model, optimizer), (twin, other)):
+        train(net, rule, range(3, 5))
+    assert same(weights(twin), weights(model))
+    assert [group["lr"] for group in other.param_groups][:2] == [1e-2, 5e-3]
+    third = mlp()
+    with pytest.raises(AdapterError, match="trains other weights than this optimizer, and its rule has several groups"):
+        make(third, include="0.weight").load_state_dict(saved)
+    assert same(weights(third), weights(mlp()))
+
+
 def test_weights_loaded_into_the_model_in_between_are_followed(mlp):
     """As with any torch optimizer: what the user writes into the model is what training goes on from."""
     model = mlp()
@@ -391,7 +413,7 @@ def test_a_compiled_model_trains_alike_under_the_names_of_the_plain_one(mlp):
 def test_other_groups_and_unknown_stores_are_refused(mlp):
     model = mlp()
     optimizer = fallow.SaRA(model, fraction=0.1, lr=1e-2)
-    with pytest.raises(ConfigError, match="no further groups"):
+    with pytest.raises(ConfigError, match=r"no further groups.*call requires_grad_\(True\) on them"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
     with pytest.raises(ConfigError, match="store='all'"):
         optimizer.delta("all")
@@ -399,6 +421,53 @@ def test_other_groups_and_unknown_stores_are_refused(mlp):
         optimizer.set_scale(float("nan"))
     with pytest.raises(ConfigError, match="nothing to re-select"):
         fallow.SHiRA(mlp(), "wm", density=0.1).reselect()
+
+
+@pytest.mark.parametrize("how", ["frozen", "replaced"])
+def test_steps_that_can_train_nothing_any_more_are_refused(mlp, how):
+    """Frozen or replaced after the optimizer was made, as by PEFT or load_state_dict(assign=True)."""
+    model = mlp()
+    optimizer = fallow.SaRA(model, fraction=0.1, lr=1e-2, rank_weight=5e-3)
+    optimizer.step()  # no gradient as yet is no mistake
+    extra = nn.Parameter(torch.ones(10))
+    if how == "frozen":
+        model.requires_grad_(False)
+    else:
+        model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    before = weights(model)
+    (model(batch(0)[0]) * extra).sum().backward()
+    message = (
+        "'0.weight' and all other trained weights were frozen" if how == "frozen" else "'0.weight' is another Para"
+    )
+    with pytest.raises(ModelError, match=message):
+        optimizer.step()
+    assert same(weights(model), before)
+
+
+def test_one_part_frozen_later_stays_as_it_is_while_the_rest_trains(mlp):
+    model = mlp()
+    optimizer = fallow.SaRA(model, fraction=0.1, lr=1e-2)
+    model[0].requires_grad_(False)
+    base = weights(model)
+    train(model, optimizer, range(2))
+    moved = {name for name, value in weights(model).items() if not torch.equal(value, base[name])}
+    assert moved == {name for name in optimizer.slots if not name.startswith("0.")}
+
+
+def test_a_copy_or_a_pickle_of_the_optimizer_is_refused_with_the_way_out(mlp):
+    model = mlp()
+    optimizer = fallow.SaRA(model, fraction=0.1, lr=1e-2)
+    with pytest.raises(ConfigError, match=r"neither copied nor pickled.*give it state_dict"):
+        copy.deepcopy(optimizer)
+    with pytest.raises(ConfigError, match="neither copied nor pickled"):
+        torch.save(optimizer, io.BytesIO())
+    train(model, optimizer, range(1))
+    twin = copy.deepcopy(model)  # the way out
+    engine = fallow.SaRA(twin, fraction=0.1, lr=1e-2)
+    engine.load_state_dict(optimizer.state_dict())
+    for net, rule in ((model, optimizer), (twin, engine)):
+        train(net, rule, range(1, 3))
+    assert same(weights(twin), weights(model))
 
 
 def test_a_second_optimizer_needs_the_first_to_be_closed(mlp):
@@ -535,6 +604,73 @@ class TestOtherModels:
         with optimizer.disabled():
             assert same(weights(model), base)
         return optimizer
+
+
+def test_low_rank_factors_of_peft_train_beside_chosen_entries_of_other_layers(mlp):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(mlp(), LoraConfig(r=4, target_modules=["0"]))
+    model.base_model.model[2].requires_grad_(True)
+    factors = [param for name, param in model.named_parameters() if "lora_" in name]
+    optimizer = fallow.SaRA(model, fraction=0.1, lr=1e-2, include=r"[.]2[.]")
+    for param in factors:
+        param.requires_grad_(True)
+    dense = torch.optim.AdamW(factors, lr=1e-2)
+    base = weights(model)
+    for step in range(2):
+        x, y = batch(step)
+        nn.functional.cross_entropy(model(x), y).backward()
+        for rule in (optimizer, dense):
+            rule.step()
+            rule.zero_grad()
+    moved = {name for name, value in weights(model).items() if not torch.equal(value, base[name])}
+    assert moved == {name for name in base if "lora_" in name} | set(optimizer.slots)
+    slot = optimizer.slots["base_model.model.2.weight"]
+    assert int((slot.read() != slot.base).sum()) == slot.index.numel() < slot.weight.numel() // 5
+
+
+def test_accelerate_accumulates_clips_saves_and_restores_like_a_plain_loop(mlp, tmp_path):
+    from accelerate import Accelerator
+
+    def make() -> tuple[nn.Module, fallow.SaRA, torch.optim.lr_scheduler.LRScheduler]:
+        model = mlp()
+        optimizer = fallow.SaRA(model, fraction=0.1, lr=1e-2, reselect_at=2, rank_weight=5e-3)
+        return model, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=10)
+
+    plain, optimizer, scheduler = make()
+    for step in range(8):
+        x, y = batch(step)
+        (nn.functional.cross_entropy(plain(x), y) / 2).backward()
+        if step % 2:
+            torch.nn.utils.clip_grad_norm_(optimizer.trainable(), 0.5)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+
+    model, inner, scheduler = make()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    wrapped, outer, scheduler = accelerator.prepare(model, inner, scheduler)
+
+    def go(steps: range) -> None:
+        for step in steps:
+            with accelerator.accumulate(wrapped):
+                x, y = batch(step)
+                accelerator.backward(nn.functional.cross_entropy(wrapped(x), y))
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(inner.trainable(), 0.5)
+                outer.step()
+                scheduler.step()
+                outer.zero_grad()
+
+    go(range(6))
+    accelerator.save_state(str(tmp_path))
+    go(range(6, 8))
+    assert same(weights(model), weights(plain))
+    accelerator.load_state(str(tmp_path))
+    assert not same(weights(model), weights(plain))
+    go(range(6, 8))
+    assert same(weights(model), weights(plain))
+    assert inner.live_parameters == optimizer.live_parameters < inner.trained_parameters
 
 
 def test_the_hugging_face_trainer_clips_clears_saves_and_resumes(tiny_gpt2, tmp_path):

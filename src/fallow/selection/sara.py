@@ -117,11 +117,11 @@ class SaRA(Selective):
     ) -> None:
         if threshold is None and fraction is None and budget is None:
             fraction = FRACTION
-        penalty = None
-        if rank_weight != 0:  # nan and negative numbers are refused by NuclearNorm
-            penalty = NuclearNorm(
-                rank_weight, rank_layers, rank_mode, rank_min_side, rank_min_selected, rank_convs, seed
-            )
+        # Made also where the term is off, so that a mistake in its options is told; nan and negative weights too.
+        penalty = NuclearNorm(
+            rank_weight if rank_weight != 0 else 1.0,
+            rank_layers, rank_mode, rank_min_side, rank_min_selected, rank_convs, seed,
+        )  # fmt: skip
         super().__init__(
             model,
             smallest,
@@ -134,7 +134,7 @@ class SaRA(Selective):
             budget=budget,
             include=include,
             exclude=exclude,
-            penalty=penalty,
+            penalty=penalty if rank_weight != 0 else None,
             reselect_at=reselect_at,
             total_steps=total_steps,
             reset_state=reset_state,

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from fallow.core.compact import Capture, Form, Slot, gather, release
-from fallow.core.errors import AdapterError, ConfigError
+from fallow.core.errors import AdapterError, ConfigError, ModelError
 from fallow.core.files import fingerprint
 from fallow.core.schedule import Schedule
 from fallow.core.select import Amount, Patterns, Selection, Selector, Target, checked, eligible
@@ -169,6 +169,8 @@ class Selective(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.capture.spent or all(proxy.grad is None for proxy in self.trainable()):  # none since the last step
+            self._check_in_reach()
         self._refresh()
         if self.penalty is not None:
             self.penalty.add([self.slots[name] for name in self._grouped])
@@ -348,6 +350,12 @@ class Selective(torch.optim.Optimizer):
         for name, held in own["tensors"].items():
             if name not in named or list(named[name].shape) != held["shape"]:
                 raise AdapterError(f"the state trains '{name}' {held['shape']}, which this model lacks")
+        several = max(len(self.rule.param_groups), len(state_dict["param_groups"])) > 1
+        if several and list(own["grouped"]) != self._grouped:
+            raise AdapterError(
+                "the state trains other weights than this optimizer, and its rule has several groups; make it with the "
+                "amount, include, exclude and rule of the saved run"
+            )
         self.set_scale(0.0)
         self._shelf, self._scale = None, 1.0
         for slot in self.slots.values():
@@ -366,7 +374,8 @@ class Selective(torch.optim.Optimizer):
             if slots[name].proxy.numel():
                 self.capture.attach(slots[name])
         self.capture.slots, self.capture.spent = list(slots.values()), False
-        self.rule.param_groups[0]["params"] = self.trainable()
+        if not several:
+            self.rule.param_groups[0]["params"] = self.trainable()
         # A copy: torch would take over the very tensors and change them in the next step.
         self.rule.load_state_dict(copy.deepcopy({key: state_dict[key] for key in ("state", "param_groups")}))
         self._follow_rule()
@@ -380,11 +389,18 @@ class Selective(torch.optim.Optimizer):
         """Remove the hooks and let the model's parameters require gradients as before; the trained weights stay."""
         self._finalizer()
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise ConfigError(
+            "a selective optimizer belongs to its model and can be neither copied nor pickled; make a new one on the "
+            "copy of the model and give it state_dict()"
+        )
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only for torch's own constructor: what is trained is chosen once, from the model."""
         if "_finalizer" in self.__dict__:
             raise ConfigError(
-                "a selective optimizer takes no further groups; give other parameters to an optimizer of their own"
+                "a selective optimizer takes no further groups; give other parameters to an optimizer of their own, "
+                "and call requires_grad_(True) on them, since making this one has frozen them"
             )
         super().add_param_group(param_group)
 
@@ -393,6 +409,11 @@ class Selective(torch.optim.Optimizer):
     def _make_rule(self, rule: Rule | None, options: dict[str, Any]) -> torch.optim.Optimizer:
         proxies = self.trainable()
         if rule is not None:
+            if tuple(options["betas"]) != (0.9, 0.999) or options["eps"] != 1e-8:
+                raise ConfigError(
+                    f"betas={options['betas']} and eps={options['eps']} are AdamW's and would be ignored; give them to "
+                    "the rule, e.g. rule=lambda groups: torch.optim.Adam(groups, betas=(0.9, 0.99))"
+                )
             return rule([{"params": proxies, "lr": options["lr"], "weight_decay": options["weight_decay"]}])
         fused = all(proxy.device.type in ("cpu", "cuda", "xpu", "mps") for proxy in proxies)
         try:  # one fused kernel over all proxies where the device has it, else torch's own choice
@@ -403,6 +424,21 @@ class Selective(torch.optim.Optimizer):
     def _follow_rule(self) -> None:
         """Groups and moments are the rule's own, so schedulers that change ours change the rule's."""
         self.param_groups, self.state = self.rule.param_groups, self.rule.state
+
+    def _check_in_reach(self) -> None:
+        """ModelError where no gradient can arrive any more, for which steps would change nothing and say nothing."""
+        present = {id(param) for param in self.model.parameters()}
+        slots = [slot for slot in self.slots.values() if slot.name in self.capture.handles]
+        if slots and not any(id(param) in present for slot in slots for param in slot.params):
+            raise ModelError(
+                f"'{slots[0].name}' is another Parameter than when the optimizer was made, which therefore trains "
+                "nothing; load weights without assign=True, or make the optimizer afterwards"
+            )
+        if slots and not any(param.requires_grad for slot in slots for param in slot.params):
+            raise ModelError(
+                f"'{slots[0].name}' and all other trained weights were frozen after the optimizer was made, e.g. by "
+                "requires_grad_(False) or PEFT; do that first, then make the optimizer"
+            )
 
     def _refresh(self) -> None:
         """Follow what others wrote into the weights, unless the model shows another scale."""
