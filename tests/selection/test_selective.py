@@ -410,6 +410,31 @@ def test_a_compiled_model_trains_alike_under_the_names_of_the_plain_one(mlp):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
+def test_a_model_of_compiled_blocks_has_the_names_of_the_plain_one_in_files_too(mlp, tmp_path):
+    """Compiled block by block, the backward pass holds one block's dense gradients at a time."""
+    plain, model = mlp(), mlp()
+    model[0] = torch.compile(model[0], backend="aot_eager")
+    optimizers = [fallow.SaRA(net, fraction=0.1, lr=1e-2, reselect_at=2) for net in (plain, model)]
+    assert optimizers[1].selected() == optimizers[0].selected()
+    for net, optimizer in zip((plain, model), optimizers, strict=True):
+        train(net, optimizer, range(4))
+    optimizers[1].save(tmp_path / "a.safetensors", store="value")
+    fresh = mlp()
+    fallow.SaRA(fresh, fraction=0.1, lr=1e-2).load(tmp_path / "a.safetensors")
+    for ours, theirs, loaded in zip(model.parameters(), plain.parameters(), fresh.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+        assert torch.equal(loaded, ours)
+    compiled = mlp()
+    compiled[0] = torch.compile(compiled[0], backend="aot_eager")
+    adapters = fallow.Adapters(compiled)
+    adapters.add("a", tmp_path / "a.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(compiled.parameters(), model.parameters(), strict=True))
+    resumed = mlp()
+    engine = fallow.SaRA(resumed, fraction=0.1, lr=1e-2)
+    engine.load_state_dict(through_a_file(optimizers[1].state_dict()))
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), model.parameters(), strict=True))
+
+
 def test_other_groups_and_unknown_stores_are_refused(mlp):
     model = mlp()
     optimizer = fallow.SaRA(model, fraction=0.1, lr=1e-2)

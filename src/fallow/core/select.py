@@ -152,6 +152,16 @@ def matrix_shape(weight: Tensor) -> tuple[int, int]:
     return rows, weight.numel() // max(rows, 1)
 
 
+def plain_name(name: str) -> str:
+    """The name without what torch.compile puts into it where it wraps a model or one of its blocks."""
+    return name.replace("_orig_mod.", "")
+
+
+def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{plain name: Parameter}, a tied one under each of its names."""
+    return {plain_name(name): param for name, param in model.named_parameters(remove_duplicate=False)}
+
+
 def index_dtype(numel: int) -> torch.dtype:
     return torch.int32 if numel < 2**31 else torch.int64
 
@@ -228,7 +238,7 @@ def _unique_weights(model: nn.Module) -> list[Target]:
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
             names, params, owners = groups.setdefault(_place(param), ({}, {}, {}))
-            names[f"{prefix}.{name}" if prefix else name] = None
+            names[plain_name(f"{prefix}.{name}" if prefix else name)] = None
             params[id(param)] = param
             owners[id(module)] = module
     targets = [Target(tuple(n), tuple(p.values()), tuple(o.values())) for n, p, o in groups.values()]

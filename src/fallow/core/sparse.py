@@ -28,6 +28,7 @@ from fallow.core.coding import decode, encode
 from fallow.core.compact import gather, scatter
 from fallow.core.errors import AdapterError, ConfigError, nearest
 from fallow.core.files import atomic_directory, matches, read_tensors, write_json, write_tensors
+from fallow.core.select import named_weights
 
 FORMAT, VERSION = "fallow-sparse", 1
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -149,7 +150,7 @@ class SparseDelta:
 
         Call it while the model shows its base. A base in half precision is recognised as the float32 one it came from.
         """
-        named = dict(model.named_parameters(remove_duplicate=False))
+        named = named_weights(model)
         for name, entry in self.entries.items():
             if name not in named:
                 close = nearest(name, list(named)[:500])
@@ -377,7 +378,7 @@ class _Held:
     """An adapter on the model's device, with the base values of its entries."""
 
     def __init__(self, model: nn.Module, delta: SparseDelta) -> None:
-        named = dict(model.named_parameters(remove_duplicate=False))
+        named = named_weights(model)
         self.weights = {name: named[name] for name in delta.entries}
         self.index = {name: entry.index.to(named[name].device) for name, entry in delta.entries.items()}
         self.base = {name: gather(named[name], self.index[name]) for name in self.weights}

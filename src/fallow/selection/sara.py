@@ -32,7 +32,7 @@ from torch import nn
 from fallow.core.compact import gather
 from fallow.core.errors import AdapterError
 from fallow.core.files import fingerprint
-from fallow.core.select import Amount, Patterns, Selection, Target, choose, index_dtype, magnitude
+from fallow.core.select import Amount, Patterns, Selection, Target, choose, index_dtype, magnitude, plain_name
 from fallow.core.sparse import Entry, SparseDelta
 from fallow.objectives.nuclear import Mode, NuclearNorm
 from fallow.selection.selective import Rule, Selective
@@ -156,7 +156,7 @@ class SaRA(Selective):
             threshold = float(held["threshold"])
         except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
             raise AdapterError(f"{path} is no checkpoint of the official SaRA code: {error}") from None
-        named = list(model.named_parameters())
+        named = [(plain_name(name), param) for name, param in model.named_parameters()]
         if set(held) - {"threshold"} != set(range(len(named))):
             raise AdapterError(
                 f"{path} holds {len(held) - 1} parameters, {type(model).__name__} has {len(named)}; give the network "

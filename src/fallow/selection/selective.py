@@ -32,7 +32,7 @@ from fallow.core.compact import Capture, Form, Slot, gather, release
 from fallow.core.errors import AdapterError, ConfigError, ModelError
 from fallow.core.files import fingerprint
 from fallow.core.schedule import Schedule
-from fallow.core.select import Amount, Patterns, Selection, Selector, Target, checked, eligible
+from fallow.core.select import Amount, Patterns, Selection, Selector, Target, checked, eligible, named_weights
 from fallow.core.sparse import Entry, SparseDelta
 
 Groups = list[dict[str, Any]]
@@ -92,7 +92,7 @@ class Selective(torch.optim.Optimizer):
     ) -> None:
         amount = Amount(threshold, fraction, budget, density, r)
         self.schedule = Schedule(reselect_at, total=total_steps, name="reselect_at")
-        model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper prefixes every name; files must not
+        model = getattr(model, "_orig_mod", model)  # the module itself, where torch.compile has wrapped it
         targets = eligible(model, include, exclude, keep=keep)
         selection = checked(selector(targets, amount), targets, amount)
         if self.schedule.at and selection.threshold is None:
@@ -287,7 +287,7 @@ class Selective(torch.optim.Optimizer):
 
     def _plan(self, adapter: SparseDelta) -> Iterator[tuple[Slot, Tensor, Tensor, Tensor, Tensor]]:
         """(slot, index, base, values, live) of every weight after loading; read while the model shows the base."""
-        named = dict(self.model.named_parameters(remove_duplicate=False))
+        named = named_weights(self.model)
         canonical = {id(param): name for name, slot in self.slots.items() for param in slot.params}
         entries = {canonical.get(id(named[name]), name): entry for name, entry in adapter.entries.items()}
         for name in dict.fromkeys((*self.slots, *entries)):
@@ -346,7 +346,7 @@ class Selective(torch.optim.Optimizer):
             )
         if own["form"] != self.form:
             raise AdapterError(f"the state holds entries in the form {own['form']!r}, this optimizer in {self.form!r}")
-        named = dict(self.model.named_parameters(remove_duplicate=False))
+        named = named_weights(self.model)
         for name, held in own["tensors"].items():
             if name not in named or list(named[name].shape) != held["shape"]:
                 raise AdapterError(f"the state trains '{name}' {held['shape']}, which this model lacks")

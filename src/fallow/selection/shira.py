@@ -40,6 +40,7 @@ from fallow.core.select import (
     index_dtype,
     magnitude,
     matrix_shape,
+    named_weights,
 )
 from fallow.core.sparse import Entry, SparseDelta, weights_file
 from fallow.selection.random import random
@@ -183,7 +184,7 @@ class SHiRA(Selective):
         where the file is broken, lacks its indices, or names layers that the model lacks.
         """
         tensors, _ = read_tensors(weights_file(Path(folder)))
-        named = dict(model.named_parameters(remove_duplicate=False))
+        named = named_weights(model)
         entries = {}
         for key, values in tensors.items():
             if not key.endswith(".shira_weight"):
