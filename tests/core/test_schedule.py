@@ -55,3 +55,13 @@ def test_a_bare_loop_advances_what_is_attached_to_a_model():
     assert [fallow.step(model) for _ in range(4)] == [0, 1, 1, 0]
     assert ran == [2, 3]
     assert fallow.step(nn.Linear(2, 2)) == 0
+
+
+def test_a_step_beyond_the_run_is_refused_since_it_would_never_come():
+    with pytest.raises(ConfigError, match=r"reselect_at=\[2500\]: step 2500 is beyond the run of 100 steps"):
+        Schedule(2500, total=100, name="reselect_at")
+    late = Schedule([0.5, 30])
+    with pytest.raises(ConfigError, match="step 30 is beyond the run of 20 steps; give a step up to 20"):
+        late.resolve(20)
+    late.resolve(30)
+    assert late.due == [15, 30]

@@ -46,8 +46,8 @@ def threshold_of(parameters: Mapping[str, torch.Tensor], shares: Sequence[float]
     """For each share in (0, 1) a theta: the entries with |p| < theta are that share of all, as nearly as ties allow.
 
     Exact, without sorting or copying the model: the ordering of non-negative floats is that of their bits, so a
-    histogram of the upper 16 bits finds the bin of each answer, and a second pass sorts that bin alone. Memory: one
-    tensor in float32, and the entries of the bins.
+    histogram of the upper 16 bits finds the bin of each answer, and a second pass sorts that bin alone. Memory: 20
+    bytes for each entry of the largest tensor, and the entries of the bins.
     Raises SelectionError for a share outside (0, 1).
     """
     for share in shares:

@@ -43,9 +43,15 @@ class Schedule:
             self.resolve(total)
 
     def resolve(self, total: int) -> None:
-        """Say how many steps the run has, so that shares become steps."""
+        """Say how many steps the run has, so that shares become steps. ConfigError where a moment is beyond its end."""
         if isinstance(total, bool) or not isinstance(total, int) or total < 1:
             raise ConfigError(f"total_steps={total!r} must be a whole number of at least 1")
+        for moment in self.at:
+            if isinstance(moment, int) and moment > total:
+                raise ConfigError(
+                    f"{self.name}={self.at}: step {moment} is beyond the run of {total} steps; give a step up to "
+                    f"{total}, or a share such as 0.5"
+                )
         self.total = total
 
     @property
