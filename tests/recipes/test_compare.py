@@ -69,8 +69,17 @@ def test_four_methods_are_trained_judged_and_set_side_by_side(settings):
         run = folder / method["runs"][0]["folder"]
         assert (run / "adapter" / "adapter_model.safetensors").is_file()
         assert len(list((run / "evaluation").glob("picture-*.png"))) == 4
+    assert told["reference_unseen"] is True
+    assert "memory" in told["memory_measured"]
     page = (folder / "comparison.html").read_text()
     assert all(name in page for name in methods)
+
+
+def test_pictures_without_captions_are_compared_with_one_prompt(settings, halves):
+    for half in ("train", "test"):
+        (halves / half / "metadata.jsonl").unlink()
+    told = result(compare(settings(methods=["lora"], lrs={"lora": [1e-3]}, prompt="a bag")))
+    assert (told["finished"], told["prompts"][0]) == (1, "a bag")
 
 
 def test_each_method_gets_its_own_rates_and_the_best_goes_to_every_seed(settings):

@@ -164,6 +164,18 @@ def test_a_folder_without_a_test_half_is_judged_on_itself_and_it_is_said(world):
     assert any("train has no test half" in note for note in figures["notes"])
     assert figures["reference_images"] == 30
     assert figures["floor_images"] == 15
+    assert figures["reference_unseen"] is False
+    assert evaluate(data=world["data"], images=4, prior_images=0)["reference_unseen"] is True
+
+
+def test_pictures_without_captions_are_judged_with_the_prompt_that_they_were_trained_with(world):
+    for half in ("train", "test"):
+        (Path(world["data"]) / half / "metadata.jsonl").unlink()
+    with pytest.raises(DataError, match="one prompt for all"):
+        evaluate(data=world["data"], images=4, prior_images=0)
+    figures = evaluate(data=world["data"], images=4, prior_images=0, prompt="a red thing")
+    assert world["drawn"][-1][1] == ("a red thing",) * 4
+    assert figures["aligned_images"] == 4
 
 
 def test_output_holds_the_figures_and_every_picture(world, tmp_path):
@@ -177,6 +189,7 @@ def test_output_holds_the_figures_and_every_picture(world, tmp_path):
     [
         ({"images": 1}, "images=1"),
         ({"repeats": 0}, "repeats=0"),
+        ({"seed": -1}, "seed=-1"),
         ({"prior_images": 1}, "prior_images=1"),
         ({"steps": 0}, "steps=0"),
     ],

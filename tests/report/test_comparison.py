@@ -48,8 +48,13 @@ def test_pictures_stand_side_by_side_and_the_page_is_one_file(comparison):
 def test_number_of_pictures_and_the_floor_are_said(comparison):
     _, text = page(comparison)
     assert "64 generated pictures" in text
-    assert "100 real ones" in text
+    assert "100 real ones, in the features" in text
     assert "biased upwards" in text
+    assert "chosen on the same real pictures that the result is measured on" in text
+    change(comparison, "comparison.json", reference_unseen=True, memory_measured="main memory of the whole process")
+    _, text = page(comparison)
+    assert "100 real ones that no method was trained on, in the features" in text
+    assert "Peak memory: main memory of the whole process." in text
 
 
 def test_a_comparison_that_is_still_going_says_how_far_it_is(comparison):

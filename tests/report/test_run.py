@@ -248,6 +248,9 @@ def test_evaluation_of_the_run_is_shown_beside_its_floor(run):
     assert "Frechet distance 6.250 1.500" in text
     assert "Text alignment – 0.900" in text
     assert "Note: alignment: no caption names a class" in text
+    assert "training never saw" not in text
+    change(run, "evaluation/evaluation.json", reference_unseen=True)
+    assert "against 100 real ones that training never saw" in page(run)[1]
 
 
 def test_a_folder_that_is_no_run_is_refused_by_name(tmp_path):

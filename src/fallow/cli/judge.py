@@ -36,6 +36,9 @@ def evaluate(
     data: Annotated[
         str, typer.Option(help="Shipped style set, or a folder of pictures, best with an unseen test/.")
     ] = "blueprint",
+    prompt: Annotated[
+        str | None, typer.Option(help="Caption of the real pictures that have none of their own.")
+    ] = None,
     images: Annotated[int, typer.Option(help="Pictures to generate.")] = 200,
     prior_images: Annotated[
         int, typer.Option(help="Pictures on the base model's own prompts; 0 leaves them out.")
@@ -76,6 +79,7 @@ def evaluate(
             prior_images=prior_images,
             prior_data=prior_data,
             prior_prompts=read_prompts(prior_prompts) if prior_prompts else None,
+            prompt=prompt,
             seed=seed,
             repeats=repeats,
             steps=steps,

@@ -41,11 +41,12 @@ COSTS = ("trained_parameters", "total_parameters", "seconds", "seconds_per_step"
 class CompareConfig(BaseModel):
     """What is compared with what, and how it is judged."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     methods: list[str] = Field(["sara", "lora", "full"], min_length=1, description="Methods to compare.")
     model: str = Field("mini-sd", description="Base model: mini-sd, a folder, or a hub id.")
     data: str = Field("blueprint", description="Shipped style set, or a folder with train/ and test/ pictures.")
+    prompt: str | None = Field(None, description="Caption of the pictures that have none of their own.")
     output: Path | None = Field(None, description="Folder of the comparison; runs/compare-<data> when not given.")
     seeds: list[int] = Field([0, 1], min_length=1, description="Seeds of the training; the first chooses the rates.")
     search_seeds: int = Field(1, ge=1, description="How many of the seeds choose the learning rate.")
@@ -122,8 +123,9 @@ class Comparison:
         resolved = make_config(
             TrainConfig,
             {
-                "model": config.model, "data": config.data, "method": method, "options": options, "lr": lr,
-                "seed": seed, "steps": config.steps, "batch_size": config.batch_size, "device": config.device,
+                "model": config.model, "data": config.data, "prompt": config.prompt, "method": method,
+                "options": options, "lr": lr, "seed": seed, "steps": config.steps, "batch_size": config.batch_size,
+                "device": config.device,
                 "sample_every": 0, "save_every": 0, **config.train,
             },
         )  # fmt: skip
@@ -156,7 +158,18 @@ class Comparison:
 
     def judged(self, folder: Path, adapters: Sequence[tuple[Path, float]]) -> dict[str, Any]:
         """The figures in `folder` where they answer the same question, else new ones."""
-        names = ("model", "data", "images", "prior_images", "repeats", "sample_steps", "guidance", "vision", "clip")
+        names = (
+            "model",
+            "data",
+            "prompt",
+            "images",
+            "prior_images",
+            "repeats",
+            "sample_steps",
+            "guidance",
+            "vision",
+            "clip",
+        )
         asked = {name: getattr(self.config, name) for name in names}
         found = _read(folder / "evaluation.json")
         if found.get("asked") == asked:
@@ -218,6 +231,10 @@ class Comparison:
             "judge": evaluation.judge.name,
             "images": evaluation.images,
             "reference_images": len(evaluation.real),
+            "reference_unseen": evaluation.unseen,
+            "memory_measured": next(
+                (told for a in self.attempts.values() if (told := a.info.get("memory_measured"))), None
+            ),
             "floor_images": evaluation.floor_images,
             "frechet_floor": evaluation.floor,
             "alignment_real": evaluation.real_aligned.value,
@@ -250,9 +267,9 @@ def compare(config: CompareConfig, *, console: Console | None = None) -> Path:
     if strange := sorted({*config.lrs, *config.options} - {*config.methods}):
         raise ConfigError(f"lrs or options are given for {', '.join(strange)}, not among methods={config.methods}")
     evaluation = Evaluation(
-        model=config.model, data=config.data, images=config.images, prior_images=config.prior_images,
-        repeats=config.repeats, steps=config.sample_steps, guidance=config.guidance, vision=config.vision,
-        clip=config.clip, device=config.device,
+        model=config.model, data=config.data, prompt=config.prompt, images=config.images,
+        prior_images=config.prior_images, repeats=config.repeats, steps=config.sample_steps,
+        guidance=config.guidance, vision=config.vision, clip=config.clip, device=config.device,
     )  # fmt: skip
     comparison = Comparison(config, folder, evaluation, console)
     (folder / "real").mkdir(parents=True, exist_ok=True)

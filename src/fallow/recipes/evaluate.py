@@ -80,6 +80,7 @@ class Evaluation:
     repeats: how many seeds: `seed`, `seed + 1`, ...; figures are means over them, `..._spread` the standard deviation
     prior_prompts: the base model's own domain; None: what `own_prompts` takes it to be
     prior_data: real pictures of that domain to compare with; None: the base model's own pictures of the same noise
+    prompt: the caption of those real pictures that have none of their own
     vision, clip: weights of other judges than the shipped GarmentNet (see `fallow.analysis.judges`)
     say: called with a line of progress
 
@@ -96,15 +97,19 @@ class Evaluation:
     guidance: float = 3.0
     prior_prompts: Sequence[str] | None = None
     prior_data: str | None = None
+    prompt: str | None = None
     vision: str | None = None
     clip: str | None = None
     device: str | None = None
     batch: int = 50
     say: Callable[[str], None] = lambda text: None
     notes: list[str] = field(default_factory=list, init=False)
+    unseen: bool = field(default=True, init=False)  # whether the reference pictures are apart from those of training
 
     def __post_init__(self) -> None:
-        for name, least in (("images", 2), ("prior_images", 0), ("repeats", 1), ("steps", 1), ("batch", 1)):
+        for name, least in (
+            ("images", 2), ("prior_images", 0), ("seed", 0), ("repeats", 1), ("steps", 1), ("batch", 1)
+        ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} is too small; give {least} or more")
         if self.prior_images == 1:
@@ -129,10 +134,11 @@ class Evaluation:
         """The reference pictures (the test half), and others of the same source for the floor (the training half)."""
         folder = assets.find(self.data)
         if (folder / "test").is_dir():
-            real = read_pictures(folder / "test")
-            others = read_pictures(folder / "train") if (folder / "train").is_dir() else []
+            real = read_pictures(folder / "test", self.prompt)
+            others = read_pictures(folder / "train", self.prompt) if (folder / "train").is_dir() else []
         else:
-            real, others = read_pictures(folder), []
+            real, others = read_pictures(folder, self.prompt), []
+            self.unseen = False
             self.notes.append(
                 f"{folder.name} has no test half: its pictures may be those that were trained on, and a model that "
                 "copies them looks good; put unseen pictures into a folder named test beside a folder named train"
@@ -228,6 +234,7 @@ class Evaluation:
             "judge": self.judge.name,
             "images": self.images,
             "reference_images": len(self.real),
+            "reference_unseen": self.unseen,
             "prior_images": self.prior_images,
             "prior_data": self.prior_data,
             "prior_reference": None if not self.prior_images else self.prior_data or "the base model's own pictures",
@@ -262,6 +269,7 @@ def evaluate(
     guidance: float = 3.0,
     prior_prompts: Sequence[str] | None = None,
     prior_data: str | None = None,
+    prompt: str | None = None,
     vision: str | None = None,
     clip: str | None = None,
     device: str | None = None,
@@ -282,8 +290,8 @@ def evaluate(
     """
     evaluation = Evaluation(
         model=model, data=data, images=images, prior_images=prior_images, seed=seed, repeats=repeats, steps=steps,
-        guidance=guidance, prior_prompts=prior_prompts, prior_data=prior_data, vision=vision, clip=clip, device=device,
-        batch=batch, say=say,
+        guidance=guidance, prior_prompts=prior_prompts, prior_data=prior_data, prompt=prompt, vision=vision, clip=clip,
+        device=device, batch=batch, say=say,
     )  # fmt: skip
     measured = evaluation.measure(adapters, force=force)
     if output is not None:

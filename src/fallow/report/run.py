@@ -195,7 +195,8 @@ def _headline(run: Run) -> list[tuple[str, str, str]]:
         each = info["seconds_per_step"]
         tiles.append(("Per step", duration(each), f"{1 / each:.3g} steps/s" if each else ""))
     if info.get("peak_memory_bytes"):
-        tiles.append(("Peak memory", data_size(info["peak_memory_bytes"]), "while training"))
+        told = str(info.get("memory_measured") or "while training")
+        tiles.append(("Peak memory", data_size(info["peak_memory_bytes"]), told))
     if info.get("adapter_bytes"):
         remark = f"{info['adapter_bytes'] / trained:.2g} bytes per parameter" if trained else ""
         tiles.append(("Adapter", data_size(info["adapter_bytes"]), remark))
