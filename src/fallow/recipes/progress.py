@@ -6,6 +6,8 @@ Losses stay on the device until `flush`, so that telling them costs no waiting i
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import json
 import sys
 import time
@@ -149,6 +151,9 @@ def forget_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc: what is free goes back, so that it does not count
+        ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):  # elsewhere the peak is that of the process since it began
         Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak of the resident memory
 
