@@ -105,7 +105,9 @@ def show_run(outcome: Any, json: bool) -> None:
         show.result({**places, **{name: value for name, value in info.items() if name != "trained_where"}})
         return
     trained, total = info["trained_parameters"], info["total_parameters"]
-    drawing = (info["prompts"][:1] or ["A PROMPT"]) + ([] if info["model"] == "mini-sd" else ["--model", info["model"]])
+    drawing = (list(filter(str.strip, info["prompts"]))[:1] or ["A PROMPT"]) + (
+        [] if info["model"] == "mini-sd" else ["--model", info["model"]]
+    )
     show.facts(
         f"{info['method']} on {info['data']}",
         [
