@@ -347,6 +347,7 @@ def test_8_save_load_scale_and_merge(mlp, tmp_path):
                 larger = torch.maximum(trained[name].abs(), base[name].abs())
                 ulp = torch.nextafter(larger, torch.tensor(math.inf)) - larger
                 assert bool(((value - trained[name]).abs() <= ulp).all())
+        assert all(slot.live is None for slot in other.slots.values())  # the same entries: no positions to keep
         with other.disabled():
             assert same(weights(fresh), base)
         other.set_scale(0.0)

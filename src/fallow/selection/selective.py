@@ -279,7 +279,8 @@ class Selective(torch.optim.Optimizer):
             self._shelf, self._scale = None, 1.0
             for slot, index, base, values, live in plan:
                 change = values - base.to(slot.precision) if slot.form == "delta" else values
-                slot.adopt(index, base, live, change.index_select(0, live), slot.selected)
+                every = live.numel() == index.numel()  # then positions would cost memory and a gather in each step
+                slot.adopt(index, base, None if every else live, change.index_select(0, live), slot.selected)
                 slot.write(values)
                 self.slots.setdefault(slot.name, slot)
         self.state.clear()
