@@ -5,6 +5,7 @@ import stat
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fallow.core.errors import AdapterError
 from fallow.core.files import (
@@ -55,6 +56,17 @@ def test_a_directory_takes_the_place_of_the_old_one_only_when_it_is_complete(tmp
         fail()
     assert [path.name for path in target.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_safetensors_files_can_be_read_by_those_who_may_read_other_files(tmp_path):
+    plain = tmp_path / "plain.txt"
+    plain.write_text("")
+    write_tensors(tmp_path / "one.safetensors", {"a": torch.ones(2)})
+    with atomic_directory(tmp_path / "model") as partial:
+        (partial / "unet").mkdir()
+        save_file({"a": torch.ones(2)}, partial / "unet" / "two.safetensors")
+    for written in (tmp_path / "one.safetensors", tmp_path / "model" / "unet" / "two.safetensors"):
+        assert stat.S_IMODE(written.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
 
 
 def test_json_that_strict_readers_refuse_is_not_written(tmp_path):

@@ -38,8 +38,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     os.close(handle)
     partial = Path(name)
     try:
-        partial.chmod(0o666 & ~_umask())  # mkstemp gives 0600; a file of the user's has the user's mask
         yield partial
+        partial.chmod(0o666 & ~_umask())  # mkstemp and safetensors give 0600; a file of the user's has the user's mask
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -57,6 +57,9 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         partial.chmod(0o777 & ~_umask())
         yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():  # safetensors writes 0600, which nobody else could read
+                file.chmod(0o666 & ~_umask())
         if path.exists():
             former = partial.with_suffix(".former")
             path.replace(former)
