@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -297,6 +298,16 @@ class TestCalibration:
             make("snip", Net(), batches, aggregate="max")
         with pytest.raises(ConfigError, match="give batches="):
             fallow.SHiRA(Net(), "snip")
+
+    @pytest.mark.parametrize("mask", ["grad", "snip"])
+    def test_a_layer_that_no_batch_reaches_is_told(self, mask, batches):
+        model = Net()
+        model.unused = nn.Linear(10, 10)
+        with pytest.warns(UserWarning, match="every score of 'unused.weight' is zero: no calibration batch reaches it"):
+            make(mask, model, batches)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            make(mask, Net(), batches)
 
     def test_snip_is_the_default_with_data_and_rand_without(self, batches):
         assert fallow.SHiRA(Net(), batches=batches, loss=loss).metadata["mask"] == "snip"

@@ -19,6 +19,7 @@ weight per forward, a seed per layer, all five masks, any layer type, restoring 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -64,7 +65,15 @@ def by_gradient(grads: dict[str, Tensor], times_weight: bool) -> Selector:
 
     def score(target: Target) -> Tensor:
         grad = grads[target.name].to(target.weight.device).abs()
-        return magnitude(target) * grad if times_weight else grad
+        value = magnitude(target) * grad if times_weight else grad
+        if not value.any():
+            warnings.warn(
+                f"every score of '{target.name}' is zero: no calibration batch reaches it"
+                f"{', or its weights are zero' if times_weight else ''}; its first entries are trained. Exclude it, "
+                "or give mask='wm' or 'rand'",
+                stacklevel=2,
+            )
+        return value
 
     return lambda targets, amount: choose(targets, score, amount, largest=True)
 
