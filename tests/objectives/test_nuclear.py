@@ -34,12 +34,13 @@ def test_zero_singular_values_contribute_nothing_and_a_zero_matrix_gives_zero():
     assert zero.tolist() == [0.0] * 4
 
 
+@pytest.mark.parametrize("mode", ["polar", "newton-schulz"])
 @pytest.mark.parametrize(("rows", "columns", "density"), [(96, 96, 0.054), (80, 200, 0.054), (200, 80, 0.3)])
-def test_newton_schulz_agrees_with_the_exact_factor_on_the_mask(rows, columns, density):
+def test_both_iterations_agree_with_the_exact_factor_on_the_mask(rows, columns, density, mode):
     index = [torch.randperm(rows * columns)[: int(density * rows * columns)].sort().values.int() for _ in range(3)]
     values = [torch.randn(len(i)) * 1e-3 for i in index]
     exact = masked_subgradients(values, index, (rows, columns), "svd")
-    fast = masked_subgradients(values, index, (rows, columns), "polar")
+    fast = masked_subgradients(values, index, (rows, columns), mode)
     for one, other in zip(exact, fast, strict=True):
         assert torch.cosine_similarity(one, other, dim=0) > 0.99
 
@@ -60,6 +61,18 @@ def test_the_official_rule_takes_matrices_over_64_with_over_100_entries_and_conv
     assert {s.name for s in NuclearNorm(1.0, convs=True).qualify(slots)} == {*names, "2.weight"}
     count = {slot.name: slot.proxy.numel() for slot in slots}["0.weight"]
     assert "0.weight" not in {s.name for s in NuclearNorm(1.0, min_selected=count + 1).qualify(slots)}
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_convolution_gets_the_masked_factor_of_its_matrix_of_output_channels(memory_format):
+    conv = nn.Conv2d(8, 70, 3, bias=False).to(memory_format=memory_format)
+    (slot,) = slots_of(nn.Sequential(conv))
+    NuclearNorm(0.5, "all", "svd", convs=True).add([slot])
+    masked = torch.zeros(70 * 72).index_copy_(0, slot.index.long(), conv.weight.detach().reshape(-1)[slot.index.long()])
+    u, s, vt = torch.linalg.svd(masked.view(70, 72).double(), full_matrices=False)
+    assert s[-1] > 1e-3 * s[0]
+    expected = 0.5 * (u @ vt).reshape(-1)[slot.index.long()]
+    torch.testing.assert_close(slot.proxy.grad.double(), expected, rtol=0, atol=1e-4)
 
 
 def test_all_takes_every_layer_and_a_number_takes_that_many_different_ones():
