@@ -180,3 +180,13 @@ def in_random_style(x: torch.Tensor, rng: torch.Generator) -> tuple[torch.Tensor
             options["tile"] = int(torch.randint(3, 6, (), generator=rng))
         pictures[where] = STYLES[name](x[where], colours, **options)
     return pictures, family
+
+
+def soften(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Pictures `(B, 3, 32, 32)` as an autoencoder gives them back: blurred, with faint patches of wrong colour."""
+    width = 0.4 + 1.0 * torch.rand((), generator=rng).item()  # standard deviation in pixels
+    bell = torch.exp(-torch.arange(-3.0, 4.0).square() / (2 * width**2))
+    kernel = (bell[:, None] * bell / bell.sum() ** 2).expand(3, 1, 7, 7)
+    blurred = F.conv2d(F.pad(pictures, (3, 3, 3, 3), mode="replicate"), kernel, groups=3)
+    patches = F.interpolate(torch.randn(len(pictures), 3, 8, 8, generator=rng), size=32, mode="bicubic")
+    return (blurred + patches * 0.04 * torch.rand(len(pictures), 1, 1, 1, generator=rng)).clamp(0, 1)

@@ -39,12 +39,12 @@ def read(folder: Path, names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize(
     ("name", "least"),
     [
-        ("sunset", 0.80),  # (0.846)
-        ("blueprint", 0.71),  # (0.760)
-        ("halftone", 0.77),  # (0.817)
-        ("bronze", 0.76),  # (0.808)
-        ("mosaic", 0.69),  # (0.740)
-        ("bag", 0.98),  # (1.000)
+        ("sunset", 0.77),  # (0.817)
+        ("blueprint", 0.73),  # (0.779)
+        ("halftone", 0.70),  # (0.750)
+        ("bronze", 0.77),  # (0.827)
+        ("mosaic", 0.71),  # (0.760)
+        ("bag", 0.96),  # (0.990)
         ("ankle-boot", 0.95),  # (0.980)
     ],
 )
