@@ -115,6 +115,30 @@ def test_a_state_holds_plain_tensors_and_numbers_and_foreign_states_are_refused(
         fallow.SHiRA(mlp(), "wm", density=0.1).load_state_dict(saved)
 
 
+def test_states_of_another_rule_broken_ones_and_closed_optimizers_are_refused_and_change_nothing(mlp):
+    model = mlp()
+    optimizer = fallow.SaRA(model, fraction=0.1, lr=1e-2)
+    train(model, optimizer, range(2))
+    before = weights(model)
+    momentum = fallow.SaRA(mlp(), fraction=0.1, lr=1e-2, rule=lambda groups: torch.optim.SGD(groups, momentum=0.9))
+    with pytest.raises(AdapterError, match="holds the moments of SGD, this optimizer's rule is AdamW"):
+        optimizer.load_state_dict(momentum.state_dict())
+    for key, value in (("index", slice(1, None)), ("weight", slice(1, None)), ("index", None)):
+        saved = copy.deepcopy(optimizer.state_dict())
+        held = saved["selective"]["tensors"]["0.weight"]
+        held[key] = held[key] + 96 * 80 if value is None else held[key][value]
+        with pytest.raises(AdapterError, match=r"broken at '0.weight'"):
+            optimizer.load_state_dict(saved)
+    assert same(weights(model), before)
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.close()
+    with pytest.raises(ConfigError, match="closed; make a new one to load a state into"):
+        optimizer.load_state_dict(saved)
+    assert same(weights(model), before)
+    model(batch(0)[0]).sum().backward()
+    assert all(param.grad is not None for param in model.parameters())  # no hook is back
+
+
 def test_a_state_in_memory_may_be_loaded_into_two_optimizers_that_go_on_alone(mlp):
     model = mlp()
     optimizer = fallow.SaRA(model, fraction=0.1, lr=1e-2)

@@ -324,6 +324,7 @@ class Selective(torch.optim.Optimizer):
         own = {
             "version": STATE_VERSION,
             "form": self.form,
+            "rule": type(self.rule).__name__,
             "tensors": tensors,
             "grouped": list(self._grouped),
             "threshold": self.threshold,
@@ -338,8 +339,11 @@ class Selective(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue bit for bit, re-selections included: the chosen entries and their values are the file's.
 
-        Raises AdapterError when the state is not a selective optimizer's or belongs to another model.
+        Raises AdapterError when the state is not a selective optimizer's or belongs to another model or rule, and
+        ConfigError after `close()`; then nothing is changed.
         """
+        if not self._finalizer.alive:
+            raise ConfigError("this optimizer was closed; make a new one to load a state into")
         own = state_dict.get("selective")
         if not isinstance(own, Mapping) or own.get("version") != STATE_VERSION:
             raise AdapterError(
@@ -347,10 +351,20 @@ class Selective(torch.optim.Optimizer):
             )
         if own["form"] != self.form:
             raise AdapterError(f"the state holds entries in the form {own['form']!r}, this optimizer in {self.form!r}")
+        if (rule := own.get("rule", type(self.rule).__name__)) != type(self.rule).__name__:
+            raise AdapterError(
+                f"the state holds the moments of {rule}, this optimizer's rule is {type(self.rule).__name__}; give the "
+                "rule of the saved run"
+            )
         named = named_weights(self.model)
         for name, held in own["tensors"].items():
             if name not in named or list(named[name].shape) != held["shape"]:
                 raise AdapterError(f"the state trains '{name}' {held['shape']}, which this model lacks")
+            index = held["index"]
+            if not index.shape == held["base"].shape == held["weight"].shape or (
+                index.numel() and not 0 <= int(index[0]) <= int(index[-1]) < named[name].numel()
+            ):
+                raise AdapterError(f"the state is broken at '{name}': its indices do not fit; copy it again")
         several = max(len(self.rule.param_groups), len(state_dict["param_groups"])) > 1
         if several and list(own["grouped"]) != self._grouped:
             raise AdapterError(
