@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,12 +19,21 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+UNFOLDED = 10_000  # columns
 _LIBRARIES_WARNING = warnings.showwarning
 
 
 def console(stderr: bool = False) -> Console:
     """A console on the present stdout or stderr. Made anew, because tests and pipes replace the streams."""
     return Console(stderr=stderr, highlight=False, soft_wrap=False)
+
+
+def results() -> Console:
+    """A console on stdout for tables; in a file or a pipe so wide that no name or path is folded."""
+    out = console()
+    if not out.is_terminal and "COLUMNS" not in os.environ:
+        out.width = UNFOLDED
+    return out
 
 
 def error(message: str, title: str = "Error") -> None:
@@ -85,12 +95,12 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], rig
             grid.add_column(name, overflow="fold")
     for row in rows:
         grid.add_row(*(cell if isinstance(cell, Text) else Text("" if cell is None else str(cell)) for cell in row))
-    console().print(grid)
+    results().print(grid)
 
 
 def facts(title: str, rows: Iterable[tuple[str, Any]]) -> None:
-    """Print names and values in two columns; long values fold under themselves."""
-    out = console()
+    """Print names and values in two columns; on a terminal long values fold under themselves."""
+    out = results()
     if title:
         out.print(Text(title, style="bold"))
     grid = Table.grid(padding=(0, 2))
