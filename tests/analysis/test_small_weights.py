@@ -139,6 +139,7 @@ def test_small_entries_leave_and_others_arrive_when_everything_is_trained():
         (lambda m: zero_small(m, dict, thresholds=[0.0]), "threshold=0.0 zeroes nothing"),
         (lambda m: zero_small(m, dict, shares=[1.5]), "share 1.5"),
         (lambda m: zero_small(m, dict, shares=[0.1], include="nowhere"), "leave no floating-point parameter"),
+        (lambda m: zero_small(m, dict, shares=[0.1], exclude="(("), r"exclude='\(\(' is no regular expression"),
         (lambda m: SmallShare(m), "one of them"),
         (lambda m: SmallShare(m, threshold=1e-30), "marks nothing"),
         (lambda m: SmallShare(m, threshold=1e3), "marks every entry"),

@@ -27,8 +27,13 @@ BINS = 1 << 16  # the upper half of a float32's 32 bits
 def eligible(model: nn.Module, include: str | None = None, exclude: str | None = None) -> dict[str, torch.Tensor]:
     """The floating-point parameters by name, tied ones once; `include` and `exclude` are regular expressions on names.
 
-    Raises SelectionError where nothing is left.
+    Raises SelectionError where nothing is left, or one of them is no regular expression.
     """
+    for name, pattern in (("include", include), ("exclude", exclude)):
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise SelectionError(f"{name}={pattern!r} is no regular expression: {error}") from None
     chosen = {
         name: parameter.detach()
         for name, parameter in model.named_parameters()
