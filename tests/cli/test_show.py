@@ -15,6 +15,14 @@ def test_nothing_is_folded_in_a_file_or_a_pipe(monkeypatch, capsys):
     assert max(map(len, lines)) < len(long) + 40
 
 
+def test_figures_are_never_cut_and_names_never_vanish(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    figures = [f"{number}.0001234" for number in range(8)]
+    show.table("", ["method", *(f"figure {number}" for number in range(8))], [("sara", *figures)], right=range(1, 9))
+    line = next(line for line in capsys.readouterr().out.splitlines() if "sara" in line)
+    assert line.split() == ["sara", *figures]
+
+
 def test_a_width_that_is_asked_for_is_kept(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "40")
     show.facts("", [("adapter", 100 * "x")])

@@ -20,6 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 UNFOLDED = 10_000  # columns
+FOLDED = 16  # columns that a folded cell has at least
+GAP = 3  # columns between two of a table, at most
 _LIBRARIES_WARNING = warnings.showwarning
 
 
@@ -85,8 +87,11 @@ def working(text: str) -> Iterator[Callable[[str], None]]:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Iterable[int] = ()) -> None:
-    """Print a table; the columns numbered in `right` are aligned to the right and never wrapped."""
-    right = set(right)
+    """Print a table; the columns numbered in `right` are aligned to the right and never wrapped nor cut.
+
+    On a terminal that is too narrow for them the lines go on in the next.
+    """
+    right, rows = set(right), [list(row) for row in rows]
     grid = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, title_style="bold")
     for number, name in enumerate(columns):
         if number in right:
@@ -95,7 +100,11 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], rig
             grid.add_column(name, overflow="fold")
     for row in rows:
         grid.add_row(*(cell if isinstance(cell, Text) else Text("" if cell is None else str(cell)) for cell in row))
-    results().print(grid)
+    out = results()
+    longest = [max(len(str(cell)) for cell in column) for column in zip(columns, *rows, strict=True)]
+    needed = sum(width if at in right else min(width, FOLDED) for at, width in enumerate(longest))
+    out.width = max(out.width, needed + GAP * len(columns))
+    out.print(grid)
 
 
 def facts(title: str, rows: Iterable[tuple[str, Any]]) -> None:
