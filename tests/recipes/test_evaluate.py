@@ -200,6 +200,30 @@ def test_impossible_requests_are_refused_before_the_model_is_loaded(world, wrong
     assert world["loaded"] == 0
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_drawn(world, tmp_path):
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match="is, or lies in, a file; give a folder"):
+            evaluate(data=world["data"], images=4, output=output)
+    assert (world["loaded"], world["drawn"]) == (0, [])
+
+
+def test_the_garment_net_on_large_pictures_is_said_to_tell_little(world, monkeypatch, tmp_path):
+    class Garments(Colours, module.GarmentJudge):
+        def __init__(self):
+            pass
+
+    monkeypatch.setattr(module, "make_judge", lambda *a, **k: Garments())
+    small = evaluate(data=world["data"], images=4, prior_images=0)
+    assert not any("garment net" in note for note in small["notes"])
+    (tmp_path / "large" / "test").mkdir(parents=True)
+    for name in ("a", "b"):
+        painted(0, 0.5).resize((128, 96)).save(tmp_path / "large" / "test" / f"{name}.png")
+    monkeypatch.setattr(module, "opened", lambda pictures: [painted(0, 0.5) for _ in pictures])
+    large = evaluate(data=str(tmp_path / "large"), images=4, prior_images=0, prompt="a red thing")
+    assert sum("its figures say little: give weights" in note for note in large["notes"]) == 1
+
+
 def test_one_picture_is_not_enough_to_compare_with(world, tmp_path):
     (tmp_path / "one").mkdir()
     painted(0, 0.5).save(tmp_path / "one" / "a.png")

@@ -23,10 +23,10 @@ from PIL import Image
 
 from fallow import assets
 from fallow.analysis.images import frechet_distance, kernel_distance
-from fallow.analysis.judges import Aligned, Judge, make_judge
+from fallow.analysis.judges import Aligned, GarmentJudge, Judge, make_judge
 from fallow.core.errors import ConfigError, DataError
 from fallow.core.files import atomic_write
-from fallow.recipes import adapter_files
+from fallow.recipes import adapter_files, run_directory
 from fallow.recipes.pictures import Picture, open_picture, read_pictures
 from fallow.recipes.pipelines import apply_adapters, chosen_device, generate, load_pipeline
 
@@ -117,6 +117,11 @@ class Evaluation:
         self.prior_prompts = list(self.prior_prompts or []) or own_prompts(self.model, self.vision, self.clip)
         self.judge: Judge = make_judge(self.vision, self.clip, device=str(chosen_device(self.device)))
         self.real, others = self._read_real()
+        if isinstance(self.judge, GarmentJudge) and any(min(p.width, p.height) > 64 for p in self.real):
+            self.notes.append(
+                "the garment net, which judges here, knows garments of 32x32 pixels; of larger pictures its figures "
+                "say little: give weights of a vision model and of CLIP (--vision, --clip)"
+            )
         self.real_features = self.judge.features(opened(self.real))
         self.real_aligned = self.judge.alignment(opened(self.real), [picture.caption for picture in self.real])
         self.floor, self.floor_kernel, self.floor_images = self._floor(others)
@@ -288,6 +293,8 @@ def evaluate(
 
     Raises ConfigError, DataError, ModelError or AdapterError before anything is generated.
     """
+    if output is not None:
+        run_directory.make(Path(output))
     evaluation = Evaluation(
         model=model, data=data, images=images, prior_images=prior_images, seed=seed, repeats=repeats, steps=steps,
         guidance=guidance, prior_prompts=prior_prompts, prior_data=prior_data, prompt=prompt, vision=vision, clip=clip,

@@ -5,6 +5,7 @@ config.toml  run.json  metrics.jsonl  tensorboard/  samples/  checkpoints/  adap
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -13,6 +14,7 @@ import shlex
 import shutil
 import tempfile
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +38,35 @@ def claim(folder: Path) -> bool:
 
     ConfigError where something is in it, or it cannot be written.
     """
-    try:
-        if folder.is_dir() and any(folder.iterdir()):
+    with refusing(folder):
+        there = folder.is_dir()
+        if there and any(folder.iterdir()):
             raise ConfigError(
                 f"output {folder} is not empty; give another one, or go on with it: fallow train --resume "
                 f"{shlex.quote(str(folder))}"
             )
-        there = folder.is_dir()
+    make(folder)
+    return there
+
+
+def make(folder: Path) -> None:
+    """Make a directory where there is none yet. ConfigError where it cannot be made, or written into."""
+    with refusing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    refuse_read_only(folder)
+
+
+@contextlib.contextmanager
+def refusing(folder: Path) -> Iterator[None]:
+    """Turn what the system says of a directory that cannot be made into a ConfigError."""
+    try:
+        yield
     except (FileExistsError, NotADirectoryError):
         raise ConfigError(f"output {folder} is, or lies in, a file; give a folder") from None
     except OSError as error:
         raise ConfigError(
             f"output {folder} cannot be made ({error.strerror}); give a folder that you may write to"
         ) from None
-    refuse_read_only(folder)
-    return there
 
 
 def clear(folder: Path) -> None:
