@@ -116,6 +116,8 @@ def test_impossible_requests_are_refused_before_anything_is_drawn(plan, seen, tm
     monkeypatch.setattr(module, "generate", lambda *_, **__: pytest.fail("drawn"))
     with pytest.raises(ConfigError, match="images=1"):
         probe(plan(images=1))
+    with pytest.raises(ConfigError, match="batch=0"):
+        probe(plan(batch=0))
     with pytest.raises(SelectionError, match="include"):
         probe(plan(include="nowhere", shares=[0.5]))
     with pytest.raises(SelectionError, match="threshold"):

@@ -68,6 +68,8 @@ def probe(plan: Probe, say: Callable[[str], None] = lambda text: None) -> dict[s
     """
     if plan.images < 2:
         raise ConfigError(f"images={plan.images} has no distance; give 2 or more")
+    if plan.batch < 1:
+        raise ConfigError(f"batch={plan.batch} is no batch; give 1 or more")
     targets = {name: plan.output / name for name in ("probe.json", "probe.png", "pictures.png")}
     refuse_overwriting(list(targets.values()), plan.overwrite)
     pipeline = load_pipeline(plan.model, device=plan.device)
