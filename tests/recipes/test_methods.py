@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 
 from fallow.core.errors import ConfigError, SelectionError
 from fallow.recipes.adapter_files import adapter_size, apply_adapter, bare_parameters
-from fallow.recipes.methods import METHODS, Order, Trained, check_options, make_method
+from fallow.recipes.methods import METHODS, Order, Trained, check_options, make_method, own_rate
 
 WAYS: dict[str, tuple[str, dict[str, Any], float]] = {  # method, options, how near the adapter's network must come
     "sara": ("sara", {}, 1e-6),
@@ -202,3 +202,11 @@ def test_what_the_classes_refuse_is_told_as_a_configuration_error(tiny_sd):
 def test_an_option_of_the_wrong_kind_is_refused_by_name(tiny_sd, method, options, said):
     with pytest.raises(ConfigError, match=said):
         trained(network(tiny_sd), method, options, steps=0)
+
+
+def test_mini_sd_wants_larger_steps_and_other_models_get_the_methods_own_rate():
+    assert own_rate("sara", "mini-sd") == 3e-3
+    assert own_rate("sara", "some/model") is None  # the paper's rule, from the threshold
+    assert own_rate("full", "some/model") == 5e-5
+    for name, method in METHODS.items():
+        assert method.small > max(method.lr or 0, method.rates[0]), name

@@ -350,6 +350,8 @@ def own_rates(method: str, config: CompareConfig) -> list[float]:
     """The learning rates to try where none are given: three, a factor of about three apart, around the method's own."""
     if method not in METHODS:
         raise ConfigError(f"methods={config.methods}: '{method}' does not exist{nearest(method, METHODS)}")
+    if config.model == "mini-sd":
+        return [METHODS[method].small / 3, METHODS[method].small, METHODS[method].small * 3]
     return list(METHODS[method].rates)
 
 

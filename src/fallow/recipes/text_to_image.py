@@ -36,7 +36,7 @@ from fallow.recipes.adapter_files import adapter_size
 from fallow.recipes.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from fallow.recipes.gallery import sheet
 from fallow.recipes.latents import Batch, CalibrationBatches, Examples, seed_of, seeded
-from fallow.recipes.methods import Order, Trained, check_options, make_method
+from fallow.recipes.methods import Order, Trained, check_options, make_method, own_rate
 from fallow.recipes.moving_average import MovingAverage
 from fallow.recipes.noise import Prediction, denoising_loss
 from fallow.recipes.pictures import Batches, Picture, Size, fit, open_picture, read_pictures
@@ -306,8 +306,9 @@ class Run:
         if config.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
         batches = CalibrationBatches(self.example_batch, self.sizes, config.batch_size, config.seed, CALIBRATION)
+        rate = config.lr or own_rate(config.method, config.model)
         order = Order(
-            network=self.network, lr=config.lr, options=config.options, steps=config.steps, seed=config.seed,
+            network=self.network, lr=rate, options=config.options, steps=config.steps, seed=config.seed,
             batches=batches, loss=lambda _, batch: self.loss(batch),
         )  # fmt: skip
         trained = make_method(config.method, order)
