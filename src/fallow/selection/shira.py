@@ -21,14 +21,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fallow.core.errors import AdapterError, ConfigError, SelectionError, nearest
-from fallow.core.files import fingerprint, read_tensors
+from fallow.core.errors import ConfigError, SelectionError, nearest
 from fallow.core.probe import Aggregate, Loss, gradients
 from fallow.core.select import (
     Amount,
@@ -41,9 +39,8 @@ from fallow.core.select import (
     index_dtype,
     magnitude,
     matrix_shape,
-    named_weights,
 )
-from fallow.core.sparse import Entry, SparseDelta, weights_file
+from fallow.selection.peft_shira import read_peft_shira
 from fallow.selection.random import random
 from fallow.selection.selective import Rule, Selective
 
@@ -185,38 +182,7 @@ class SHiRA(Selective):
             metadata={"method": "shira", "mask": mask, "seed": seed, "task": task, "every": every, "offset": offset},
         )  # fmt: skip
 
-    @staticmethod
-    def from_peft(folder: str | Path, model: nn.Module) -> SparseDelta:
-        """Read an adapter that PEFT's SHiRA saved (`shira_weight` (k,), `shira_indices` (2, k) of rows and columns).
-
-        `model`: the base, for shapes and fingerprints. Returns an adapter to save, load or combine. Raises AdapterError
-        where the file is broken, lacks its indices, or names layers that the model lacks.
-        """
-        tensors, _ = read_tensors(weights_file(Path(folder)))
-        named = named_weights(model)
-        entries = {}
-        for key, values in tensors.items():
-            if not key.endswith(".shira_weight"):
-                continue
-            layer = key.removeprefix("base_model.model.").removesuffix(".shira_weight")
-            pairs, weight = tensors.get(key.replace("shira_weight", "shira_indices")), named.get(f"{layer}.weight")
-            if pairs is None or weight is None or pairs.shape != (2, values.numel()):
-                lacks = (
-                    f"{type(model).__name__} has no '{layer}.weight'" if weight is None else "its indices do not fit"
-                )
-                raise AdapterError(f"{folder} trains '{layer}', but {lacks}; give the base and the whole adapter")
-            rows, columns = weight.shape
-            if values.numel() and bool(((pairs < 0) | (pairs >= torch.tensor([[rows], [columns]]))).any()):
-                raise AdapterError(f"{folder} trains entries outside of '{layer}' {(rows, columns)}; give its base")
-            flat, order = (pairs[0].long() * columns + pairs[1].long()).sort()
-            dtype = str(weight.dtype).removeprefix("torch.")
-            index = flat.to(index_dtype(weight.numel()))
-            entries[f"{layer}.weight"] = Entry(
-                index, values[order].float(), (rows, columns), dtype, fingerprint(weight)
-            )
-        if not entries:
-            raise AdapterError(f"{folder} holds no layer of PEFT's SHiRA (no key ends in 'shira_weight')")
-        return SparseDelta(entries, "delta", {"method": "shira", "mask": "rand", "from": "PEFT"})
+    from_peft = staticmethod(read_peft_shira)
 
 
 def _check_options(mask: str, every: int | None, offset: int, diagonal: bool, columns: bool, task: int) -> None:
