@@ -78,8 +78,9 @@ def make_row(run: Path, first: int, seed: int) -> Row:
 
 
 def cost(info: dict[str, Any]) -> str:
-    """`500 steps, 2.4 minutes on 2 CPU cores, 5% of the weights`."""
-    where = info["hardware"].get("gpu") or f"{info['hardware']['cores']} CPU cores"
+    """`500 steps, 2.4 minutes on 2 CPU threads, 5% of the weights`."""
+    threads = info["hardware"]["threads"]
+    where = info["hardware"].get("gpu") or f"{threads} CPU thread{'s' if threads > 1 else ''}"
     share = 100 * info["trained_parameters"] / info["total_parameters"]
     return f"{info['steps']} steps, {info['seconds'] / 60:.1f} minutes on {where}, {share:.3g}% of the weights"
 

@@ -33,7 +33,7 @@ def run(tmp_path):
     (tmp_path / "config.toml").write_text('data = "bronze"\nmodel = "some/model"\nsample_steps = 7\nguidance = 2.0\n')
     info = {
         "status": "finished", "method": "sara", "steps": 500, "seconds": 144, "trained_parameters": 50,
-        "total_parameters": 1000, "hardware": {"cores": 2},
+        "total_parameters": 1000, "hardware": {"threads": 2},
     }  # fmt: skip
     write_json(tmp_path / "run.json", info)
     return tmp_path
@@ -70,7 +70,7 @@ def test_base_and_adapted_model_draw_the_captions_of_the_test_half_from_the_same
     assert row.base[0].getpixel((0, 0)) == (0, 0, 0)
     assert row.adapted[0].getpixel((0, 0)) == (255, 255, 255)
     assert (row.style, row.method) == ("Bronze", "SaRA")
-    assert row.cost == "500 steps, 2.4 minutes on 2 CPU cores, 5% of the weights"
+    assert row.cost == "500 steps, 2.4 minutes on 2 CPU threads, 5% of the weights"
 
 
 def test_pictures_stand_on_the_page_three_times_enlarged_with_sharp_pixels(readme, run, calls):
