@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,16 +47,17 @@ def test_without_arguments_it_is_sara_on_what_ships(seen):
     assert (seen.config.model, seen.config.data, seen.config.method) == ("mini-sd", "blueprint", "sara")
 
 
-def test_flags_reach_the_settings_and_the_methods_own_arguments_its_options(seen):
+def test_flags_reach_the_settings_and_the_methods_own_arguments_its_options(seen, monkeypatch):
     line = "train --method lora --rank 4 -O lora_dropout=0.1 --steps 7 --no-flip --lr 1e-3 --precision bf16 --ema"
-    result = run(*line.split(), "--sample-prompts", "a dress")
+    monkeypatch.setattr(sys, "argv", ["/bin/fallow", *line.split(), "--sample-prompts", "a dress"])
+    result = run(*sys.argv[1:])
     assert result.exit_code == 0, result.output
     wanted = TrainConfig(
         method="lora", options={"rank": 4, "lora_dropout": 0.1}, steps=7, flip=False, lr=1e-3, precision="bf16",
         sample_prompts=["a dress"], ema=True,
     )  # fmt: skip
     assert seen.config == wanted
-    assert seen.command.startswith("fallow ")
+    assert seen.command == f"fallow {line} --sample-prompts 'a dress'"
 
 
 def test_a_run_is_resumed_with_nothing_but_what_is_given(seen, tmp_path):
