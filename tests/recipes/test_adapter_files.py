@@ -383,3 +383,18 @@ def test_what_is_no_adapter_is_not_replaced_by_one(unet, tmp_path):
         with pytest.raises(AdapterError, match=says):
             save_peft(with_lora(unet()), tmp_path / place, {})
     assert (tmp_path / "letters" / "to-mother.txt").read_text() == "dear"
+
+
+@pytest.mark.parametrize("kind", ["full", "sparse"])
+def test_a_network_whose_blocks_are_compiled_takes_adapters_under_their_plain_names(kind, request, unet):
+    """Regional compilation wraps blocks, which puts `_orig_mod` into their parameters' names."""
+    adapter = request.getfixturevalue(kind)
+    place = adapter[0] if isinstance(adapter, tuple) else adapter
+    plain, regional = unet(), unet()
+    regional.mid_block = torch.compile(regional.mid_block, backend="eager")
+    assert any("_orig_mod" in name for name, _ in regional.named_parameters())
+    for network in (plain, regional):
+        apply_adapter(network, place, 0.7)
+    ours = {name.replace("_orig_mod.", ""): value for name, value in weights(regional).items()}
+    assert same(ours, weights(plain))
+    assert not same(ours, weights(unet()))

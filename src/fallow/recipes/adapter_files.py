@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fallow.core.errors import AdapterError, ConfigError, nearest
 from fallow.core.files import atomic_directory, fingerprint, matches, write_json, write_tensors
+from fallow.core.select import named_weights, plain_name
 from fallow.core.sparse import CONFIG, WEIGHTS, SparseDelta, is_sparse
 
 Kind = Literal["sparse", "peft", "full"]
@@ -156,8 +157,13 @@ def bare_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
         if isinstance(held := getattr(module, name, None), (nn.Module, nn.ParameterDict))
         for parameter in held.parameters()
     }
-    named = {name: p for name, p in own.named_parameters() if id(p) not in added}
+    named = {name: p for name, p in _own_parameters(own).items() if id(p) not in added}
     return {name.replace(".base_layer.", "."): p for name, p in named.items()}
+
+
+def _own_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Each parameter once, under its plain name, also where blocks of the network have been compiled."""
+    return {plain_name(name): parameter for name, parameter in network.named_parameters()}
 
 
 def bare(network: nn.Module) -> Any:
@@ -175,8 +181,8 @@ def save_full(
     `fallow adapter info`. Weights are written in the dtype they have.
     """
     own: nn.Module = bare(network)
-    parameters = dict(own.named_parameters())
-    if lasting := sorted(own.state_dict().keys() - dict(own.named_parameters(remove_duplicate=False)).keys()):
+    parameters = _own_parameters(own)
+    if lasting := sorted({plain_name(key) for key in own.state_dict()} - named_weights(own).keys()):
         raise ConfigError(f"the network has buffers ({lasting[0]}, ...), which kind full does not store")
     missing = parameters.keys() - base_fingerprints.keys()
     if missing:
@@ -320,7 +326,7 @@ def apply_together(network: nn.Module, adapters: Sequence[tuple[str | Path, floa
         if scale:
             for name in change.changed(network):
                 plan.setdefault(name, []).append((change, scale))
-    weights = dict(network.named_parameters(remove_duplicate=False))
+    weights = named_weights(network)
     for name, parts in plan.items():
         weight = weights[name]
         if len(parts) == 1 and parts[0][1] == 1:
@@ -384,7 +390,7 @@ class FullChange:
     base: Mapping[str, Sequence[str]]
 
     def check(self, network: nn.Module, force: bool) -> None:
-        found, named = shapes_in(self.folder / WEIGHTS), dict(network.named_parameters())
+        found, named = shapes_in(self.folder / WEIGHTS), _own_parameters(network)
         _check_shapes(self.folder, found, named, network)
         missing = sorted(named.keys() - found.keys())
         if missing:
@@ -395,7 +401,7 @@ class FullChange:
         _check_base(self.folder, self.base, named, force)
 
     def changed(self, network: nn.Module) -> Sequence[str]:
-        return [name for name, _ in network.named_parameters()]
+        return list(_own_parameters(network))
 
     def add_to(self, total: Tensor, name: str, base: Tensor, scale: float) -> None:
         total.add_(self._read(name).to(total) - base.to(total.dtype), alpha=scale)
