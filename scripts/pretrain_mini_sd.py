@@ -1,4 +1,4 @@
-"""Train mini-sd, the text-to-image model that ships with Fallow, from nothing, on two CPU cores in under an hour.
+"""Train mini-sd, the text-to-image model that ships with Fallow, from nothing, on two CPU cores in about an hour.
 
     python scripts/pretrain_mini_sd.py                 # all stages -> src/fallow/assets/{mini-sd,garment-net}
     python scripts/pretrain_mini_sd.py --stage unet    # one stage again, on what the others left in --work
@@ -17,6 +17,8 @@ import argparse
 import json
 import math
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -455,16 +457,28 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.use_deterministic_algorithms(True)
+    if args.stage == "all":
+        run_all([word for word in sys.argv[1:] if word not in ("--stage", "all")])
+        return
     data = Data(args.data)
-    for name, (train, steps) in STAGES.items():
-        if args.stage in (name, "all"):
-            torch.manual_seed(args.seed)
-            begun = time.time()
-            train(data, args.work, math.ceil(steps * args.scale), torch.Generator().manual_seed(args.seed))
-            seconds = read_seconds(args.work) | {name: round(time.time() - begun)}
-            (args.work / "seconds.json").write_text(json.dumps(seconds) + "\n")
-    if args.stage in ("export", "all"):
+    if args.stage == "export":
         export(data, args.work, args.assets, args.seed)
+        return
+    train, steps = STAGES[args.stage]
+    torch.manual_seed(args.seed)
+    begun = time.time()
+    train(data, args.work, math.ceil(steps * args.scale), torch.Generator().manual_seed(args.seed))
+    seconds = read_seconds(args.work) | {args.stage: round(time.time() - begun)}
+    (args.work / "seconds.json").write_text(json.dumps(seconds) + "\n")
+
+
+def run_all(options: list[str]) -> None:
+    """Each stage in a process of its own; the autoencoder and the feature network share nothing and go side by side."""
+    for together in (("vae", "features"), ("unet",), ("export",)):
+        running = [subprocess.Popen([sys.executable, __file__, "--stage", stage, *options]) for stage in together]
+        codes = [process.wait() for process in running]  # of all, whichever fails
+        if any(codes):
+            raise SystemExit(f"the stages {' and '.join(together)} did not all end well; what they said is above")
 
 
 if __name__ == "__main__":
