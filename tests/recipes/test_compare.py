@@ -154,6 +154,7 @@ def test_own_rates_are_three_ascending_for_every_method(settings):
         rates = own_rates(method, settings())
         assert len(rates) == 3
         assert rates == sorted(rates)
+    assert own_rates("sara", CompareConfig()) == [1e-3, 3e-3, 9e-3]  # mini-sd's
 
 
 def test_the_anchored_score_is_one_for_the_base_and_two_for_real_pictures():

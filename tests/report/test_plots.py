@@ -122,3 +122,9 @@ def test_small_share_plot_draws_who_stayed_and_who_came():
 )  # fmt: skip
 def test_figures_are_written_as_people_read_them(shown, expected):
     assert shown == expected
+
+
+def test_rates_that_lie_close_together_share_a_label():
+    runs = [{"lr": lr, "frechet": 1.0, "chosen": False} for lr in (1e-4, 9e-4, 1e-3, 9e-3)]
+    figure = plots.sweep_plot({"sara": (0, runs)}, "frechet", "Frechet distance")
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["0.0001", "0.0009", "0.009"]

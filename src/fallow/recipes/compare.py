@@ -351,7 +351,7 @@ def own_rates(method: str, config: CompareConfig) -> list[float]:
     if method not in METHODS:
         raise ConfigError(f"methods={config.methods}: '{method}' does not exist{nearest(method, METHODS)}")
     if config.model == "mini-sd":
-        return [METHODS[method].small / 3, METHODS[method].small, METHODS[method].small * 3]
+        return [float(f"{METHODS[method].small * factor:.2g}") for factor in (1 / 3, 1, 3)]
     return list(METHODS[method].rates)
 
 

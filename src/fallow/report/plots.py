@@ -279,12 +279,21 @@ def sweep_plot(
     if not drawn:
         return None
     axes.set_xscale("log")
-    tried = sorted({run["lr"] for _, runs in sweeps.values() for run in runs})
+    tried = _apart(sorted({run["lr"] for _, runs in sweeps.values() for run in runs}))
     axes.set_xticks(tried, [f"{lr:g}" for lr in tried], rotation=30 if len(tried) > 5 else 0)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set(title="Learning rates tried (filled: chosen)", xlabel="learning rate", ylabel=ylabel)
     axes.legend(loc="best")
     return figure
+
+
+def _apart(rates: Sequence[float]) -> list[float]:
+    """Of ascending rates those whose labels do not run into that of the one before, on a logarithmic axis."""
+    kept: list[float] = []
+    for rate in rates:
+        if not kept or math.log(rate / kept[-1]) > 0.08 * math.log(rates[-1] / rates[0]):
+            kept.append(rate)
+    return kept
 
 
 @rc_context(_STYLE)
