@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from fallow.core.errors import AdapterError, ConfigError
 from fallow.core.files import read_tensors
@@ -136,7 +138,7 @@ def test_what_is_no_run_or_has_no_checkpoint_or_a_broken_one_is_told(settings, t
     with pytest.raises(AdapterError, match="step-000002 is damaged"):
         train(TrainConfig(resume=run))
     file.write_text('{"dict": [["step", 2]]}')
-    with pytest.raises(AdapterError, match=r"last checkpoint of .*run does not fit this run \(KeyError: 'batches'\)"):
+    with pytest.raises(AdapterError, match=r"last checkpoint of .*run does not fit this run \(KeyError: 'base'\)"):
         train(TrainConfig(resume=run))
     with (run / "config.toml").open("a") as config:
         config.write("[extra]\na = 1\n")
@@ -185,3 +187,18 @@ def test_the_newest_checkpoints_are_kept(tmp_path):
         save_checkpoint(tmp_path, step, {"step": step}, keep=2)
     assert [folder.name for folder in checkpoints(tmp_path)] == ["step-000002", "step-000003"]
     assert load_checkpoint(tmp_path) == {"step": 3}
+
+
+def test_a_run_whose_base_has_been_exchanged_is_not_resumed(settings, tiny_sd, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_sd, model)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(output=tmp_path / "run").model_copy(update={"model": str(model)}), after_step=interrupt_at(4))
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(0.01)
+    unet.save_pretrained(model / "unet")
+    with pytest.raises(ConfigError, match=r"begun on another base: 'conv_in.weight' of .* holds other values now"):
+        train(TrainConfig(resume=tmp_path / "run"))
+    assert checkpoints(tmp_path / "run")

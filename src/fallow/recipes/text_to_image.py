@@ -32,7 +32,7 @@ from fallow import assets
 from fallow.core.errors import AdapterError, ConfigError, FallowError, TrainingError
 from fallow.core.files import atomic_write
 from fallow.recipes import run_directory
-from fallow.recipes.adapter_files import adapter_size
+from fallow.recipes.adapter_files import adapter_size, base_fingerprints
 from fallow.recipes.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from fallow.recipes.gallery import sheet
 from fallow.recipes.latents import Batch, CalibrationBatches, Examples, seed_of, seeded
@@ -217,6 +217,7 @@ class Run:
         self.pipeline.vae.requires_grad_(False)
         self.pipeline.text_encoder.requires_grad_(False)
         self.network = self.pipeline.unet
+        self.base = some_fingerprints(self.network)
         if config.prediction is not None:  # the drawings must believe it too
             scheduler = self.pipeline.scheduler
             self.pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=config.prediction)
@@ -446,6 +447,7 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the steps from here depend on, besides the settings."""
         return {
+            "base": self.base,
             "step": self.step,
             "seconds": self.seconds,
             "trained": self.trained.state_dict(),
@@ -456,7 +458,12 @@ class Run:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint. ConfigError where it is beyond the steps that are asked for."""
+        """Go on from a checkpoint. ConfigError on another base, or where it is beyond the steps asked for."""
+        if changed := [name for name, known in state["base"].items() if self.base.get(name) != known]:
+            raise ConfigError(
+                f"the run was begun on another base: '{changed[0]}' of {self.config.model} holds other values now; put "
+                "the base back that it was begun on, or start a new run"
+            )
         if state["step"] > self.config.steps:
             raise ConfigError(
                 f"steps={self.config.steps} lies behind the {state['step']} steps already made; give more"
@@ -521,6 +528,7 @@ class Run:
         metadata = {
             "base_model": config.model, "data": config.data, "steps": self.step, "lr": self.rates[0],
             "batch_size": config.batch_size * config.accumulation, "seed": config.seed, "ema": config.ema,
+            "prediction": self.prediction,
         }  # fmt: skip
         with self.averaged():
             self.trained.save_adapter(adapter, metadata)
@@ -542,6 +550,12 @@ class Run:
         )  # fmt: skip
         self.journal.board.flush()
         return write_run_report(self.folder)
+
+
+def some_fingerprints(network: nn.Module) -> dict[str, str]:
+    """Fingerprints of eight weights from the first to the last: by these a resumed run knows its base, in no time."""
+    names = [name for name, _ in network.named_parameters()]
+    return base_fingerprints(network, names[:: max(1, len(names) // 7)])
 
 
 def training_folder(data: str) -> Path:
