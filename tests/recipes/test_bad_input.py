@@ -199,3 +199,12 @@ def test_a_forced_adapter_of_another_base_is_taken(tiny_sd, adapter, tmp_path):
     assert result.exit_code == 0, result.output
     picture = np.array(Image.open(next((tmp_path / "out").glob("*.png"))))
     assert picture.shape == (32, 32, 3)
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self").exists(), reason="needs a place that even root cannot write to: Linux's /proc"
+)
+def test_pictures_and_merged_models_are_refused_a_place_that_cannot_be_written(tiny_sd, adapter):
+    few = ("--model", tiny_sd, "--adapter", adapter, "--steps", 1, "--device", "cpu")
+    assert "cannot be written" in refused("generate", "a bag", "--output", "/proc/pictures", *few)
+    assert "cannot be written" in refused("adapter", "merge", adapter, "--model", tiny_sd, "--output", "/proc/merged")

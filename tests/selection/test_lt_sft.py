@@ -60,3 +60,25 @@ def test_impossible_requests_are_refused(mlp, batches):
         fallow.LTSFT(mlp(), batches=iter(batches), loss=loss, dense_steps=10)
     with pytest.raises(SelectionError, match="outside"):
         fallow.LTSFT(mlp(), fraction=2.0, batches=batches, loss=loss)
+
+
+def test_a_weight_tied_by_its_storage_moves_by_the_gradients_of_both_uses():
+    class Tied(nn.Module):
+        def __init__(self, one_parameter: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(12, 12, bias=False), nn.Linear(12, 12, bias=False)
+            self.b.weight = self.a.weight if one_parameter else nn.Parameter(self.a.weight.data)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.tanh(self.a(x)))
+
+    data = [(torch.randn(6, 12), torch.randint(0, 12, (6,))) for _ in range(2)]
+    chosen = [
+        fallow.LTSFT(Tied(one), budget=20, batches=data, loss=loss, dense_steps=4, dense_lr=1e-2)
+        .slots["a.weight"]
+        .index
+        for one in (True, False)
+    ]
+    assert chosen[0].tolist() == chosen[1].tolist()
+    assert len(chosen[0]) == 20

@@ -25,6 +25,7 @@ from fallow.core.sparse import WEIGHTS, SparseDelta
 from fallow.recipes import adapter_files
 from fallow.recipes.adapter_files import adapter_size, kind_of, locate, read_config, shapes_in
 from fallow.recipes.pipelines import apply_adapters, load_pipeline, quietly
+from fallow.recipes.run_directory import refuse_read_only
 from fallow.report.run import block_of
 
 # Settings of PEFT's adapter_config.json that say what was trained; the others are of no interest to most.
@@ -314,6 +315,9 @@ def _free(output: Path, overwrite: bool, model: str) -> None:
 def _unused(output: Path, overwrite: bool, *, directory: bool) -> None:
     """ConfigError where something is there already: of the other sort, or of the same sort unless `overwrite`."""
     if not output.exists():
+        above = next(place for place in output.absolute().parents if place.exists())
+        if above.is_dir():
+            refuse_read_only(above)
         return
     if output.is_dir() != directory:
         sort = "file" if directory else "folder"

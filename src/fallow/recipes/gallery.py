@@ -21,6 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from fallow.core.errors import ConfigError
 from fallow.core.files import atomic_write
 from fallow.recipes.pipelines import apply_adapters, generate, load_pipeline
+from fallow.recipes.run_directory import refuse_read_only
 
 SHOWN = 128  # pixels: smaller pictures are enlarged on a sheet, without smoothing, so that a person can see them
 HEADING = 16  # pixels, above a sheet's columns
@@ -196,6 +197,7 @@ def refuse_overwriting(paths: Sequence[Path], overwrite: bool) -> None:
     above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not above.is_dir():
         raise ConfigError(f"--output {folder}: {above} is a file; give a folder")
+    refuse_read_only(above)
     present = [path for path in paths if path.exists()]
     if present and not overwrite:
         more = f" and {len(present) - 1} more" if len(present) > 1 else ""

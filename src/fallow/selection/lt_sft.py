@@ -114,15 +114,27 @@ class LTSFT(Selective):
                 if not bool(torch.isfinite(value)):
                     raise DataError(f"the dense phase diverged (loss {value.item()}); lower dense_lr={dense_lr}")
                 value.backward()
+                join_gradients(targets)
                 optimizer.step()
                 optimizer.zero_grad()
 
-        moved = dense_phase(model, eligible(model, include, exclude), train)
+        targets = eligible(model, include, exclude)
+        moved = dense_phase(model, targets, train)
         super().__init__(
             model, most_moved(moved), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fraction=fraction,
             budget=budget, include=include, exclude=exclude, rule=rule,
             metadata={"method": "lt-sft", "dense_steps": dense_steps, "dense_lr": dense_lr},
         )  # fmt: skip
+
+
+def join_gradients(targets: Sequence[Target]) -> None:
+    """Add the gradients of the other Parameters of a weight that is tied by its storage to the first one's."""
+    for target in targets:
+        for other in target.params[1:]:
+            if other.grad is not None:
+                first = target.weight.grad
+                target.weight.grad = other.grad if first is None else first + other.grad
+                other.grad = None
 
 
 def _repeated(batches: Iterable[Any]) -> Iterable[Any]:
