@@ -453,7 +453,7 @@ def main() -> None:
     parser.add_argument("--stage", choices=[*STAGES, "export", "all"], default="all")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the number of steps (for a trial)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="more are no faster on networks this small")
+    parser.add_argument("--threads", type=int, default=1, help="of each stage; the shipped weights were made with 1")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.use_deterministic_algorithms(True)

@@ -336,7 +336,7 @@ class Method:
 
     `lr`: its own, None where the class decides (SaRA's follows from its threshold). `rates`: what a comparison tries on
     networks of Stable Diffusion's size. `small`: its own on mini-sd, whose network is a 270th of that and wants larger
-    steps: SaRA's own rule leaves twice the Frechet distance of 3e-3 after 500 steps on a shipped set.
+    steps: after 500 on the set `bronze`, SaRA is 36.6 from it by its own rule (5.2e-4), 21.4 with 2e-3, 18.3 with 5e-3.
     """
 
     make: Callable[[Order], Trained]

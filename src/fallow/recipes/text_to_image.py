@@ -553,7 +553,7 @@ class Run:
 
 
 def some_fingerprints(network: nn.Module) -> dict[str, str]:
-    """Fingerprints of eight weights from the first to the last: by these a resumed run knows its base, in no time."""
+    """Fingerprints of some ten weights spread over the network: by these a resumed run knows its base, in no time."""
     names = [name for name, _ in network.named_parameters()]
     return base_fingerprints(network, names[:: max(1, len(names) // 7)])
 
