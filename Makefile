@@ -51,5 +51,5 @@ $(CORE): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(DEV): $(CORE)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,lint,docs,metrics]" -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,lint,docs,metrics,ray,optimizers,quantized]" -c constraints.txt
 	@touch $@

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from fallow.cli import app
 from fallow.recipes import compare as compare_module
 from fallow.recipes import text_to_image
-from fallow.recipes.text_to_image import Outcome, TrainConfig
+from fallow.recipes.text_to_image import Outcome
+from fallow.recipes.train_config import TrainConfig
 
 INFO = {
     "method": "lora", "model": "some/model", "data": "things", "trained_parameters": 1000, "total_parameters": 50_000,

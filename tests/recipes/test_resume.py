@@ -17,7 +17,8 @@ from diffusers import UNet2DConditionModel
 from fallow.core.errors import AdapterError, ConfigError
 from fallow.core.files import read_tensors
 from fallow.recipes.checkpoints import checkpoints, join, load_checkpoint, save_checkpoint, split
-from fallow.recipes.text_to_image import TrainConfig, train
+from fallow.recipes.text_to_image import train
+from fallow.recipes.train_config import TrainConfig
 
 METHODS: dict[str, dict[str, Any]] = {
     "sara": {"method": "sara", "options": {"reselect_at": [3, 9], "rank_weight": 5e-3, "rank_min_side": 15}},

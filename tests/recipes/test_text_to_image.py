@@ -24,7 +24,8 @@ from fallow.recipes.latents import Examples, seeded
 from fallow.recipes.pictures import fit, read_pictures
 from fallow.recipes.pipelines import load_pipeline
 from fallow.recipes.settings import make_config, to_toml
-from fallow.recipes.text_to_image import TrainConfig, rate_at, train
+from fallow.recipes.text_to_image import rate_at, train
+from fallow.recipes.train_config import TrainConfig
 
 
 @pytest.fixture

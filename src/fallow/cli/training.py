@@ -33,7 +33,7 @@ def register(app: typer.Typer) -> None:
 
 def train_command() -> Any:
     """The command `train`, with a flag for every field of TrainConfig."""
-    from fallow.recipes.text_to_image import TrainConfig
+    from fallow.recipes.train_config import TrainConfig
 
     path = flags.option("config", Path | None, "--config", "-c", help="A TOML file with settings; flags win over it.")
     resume = flags.option("resume", Path | None, "--resume", help="Go on with this run from its last checkpoint.")
@@ -78,7 +78,8 @@ def run_train(
     **direct: str | None,
 ) -> None:
     """Train, then say where everything is and what it took."""
-    from fallow.recipes.text_to_image import TrainConfig, train
+    from fallow.recipes.text_to_image import train
+    from fallow.recipes.train_config import TrainConfig
 
     own = flags.key_values(option or []) | {
         name: flags.literal(value) for name, value in direct.items() if value is not None

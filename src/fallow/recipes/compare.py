@@ -30,7 +30,8 @@ from fallow.recipes.doctor import Source
 from fallow.recipes.evaluate import Evaluation, opened
 from fallow.recipes.methods import AMOUNTS, LORA_TARGETS, METHODS
 from fallow.recipes.settings import make_config
-from fallow.recipes.text_to_image import TrainConfig, train
+from fallow.recipes.text_to_image import train
+from fallow.recipes.train_config import TrainConfig
 from fallow.report.comparison import COLUMNS, write_comparison_page
 from fallow.report.run import write_run_report
 
