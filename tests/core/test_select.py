@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fallow.core.errors import ModelError, SelectionError
-from fallow.core.select import Amount, Selection, Target, choose, eligible, magnitude, seeded
+from fallow.core.select import Amount, Selection, Target, choose, eligible, largest_in_stream, magnitude, seeded
 
 
 def of(*weights: Tensor) -> list[Target]:
@@ -214,3 +214,13 @@ class TestEligible:
             eligible(nn.ReLU())
         with pytest.raises(ModelError, match="meta device"):
             eligible(nn.Linear(3, 3, device="meta"))
+
+
+def test_the_largest_of_a_stream_are_those_of_the_whole_with_ties_to_the_first():
+    parts = [torch.rand(40), torch.zeros(3), torch.rand(7, 5), torch.full((4,), 0.5)]
+    parts[0][::7] = 0.5
+    flat = torch.cat([part.flatten() for part in parts])
+    for count in (0, 1, 17, 30, flat.numel()):
+        found = torch.cat(list(largest_in_stream(lambda: iter(parts), count)))
+        order = flat.sort(descending=True, stable=True).indices[:count]
+        assert found.nonzero().flatten().tolist() == sorted(order.tolist())

@@ -426,6 +426,22 @@ def _kth(keys: Callable[[], Iterable[tuple[Tensor, int]]], k: int) -> tuple[int,
     return prefix, remaining
 
 
+def largest_in_stream(scores: Callable[[], Iterable[Tensor]], count: int) -> Iterator[Tensor]:
+    """Masks (flat, boolean) of the `count` largest of all entries of a stream of finite non-negative float32 tensors.
+
+    `scores()` is called three times and must give the same each time, one tensor after the other; ties go to the first.
+    """
+
+    def keys() -> Iterator[tuple[Tensor, int]]:
+        for score in scores():
+            yield _keys(score, largest=True)
+
+    cut, ties = _kth(keys, count) if count else (-1, 0)
+    for key, _ in keys():
+        mask, ties = _up_to(key, cut, ties)
+        yield mask
+
+
 def _first(key: Tensor, width: int, count: int) -> Tensor:
     """Boolean mask of the `count` lowest keys of one tensor, ties by lowest index."""
     if count == 0:
