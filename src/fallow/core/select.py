@@ -24,10 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from fallow.core.errors import ModelError, SelectionError, nearest
+from fallow.core.sharded import Together, local
 
 WRITABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CHUNK = 1 << 22  # entries whose digits are counted at once: a temporary of 16-32 MiB
 DIGIT = 16
+ALONE = Together(())  # asks no other rank
 
 Patterns = str | Iterable[str] | None
 Score = Callable[["Target"], Tensor]
@@ -58,6 +60,8 @@ class Target:
 @dataclass(frozen=True)
 class Selection:
     """The chosen entries: sorted flat (row-major) indices per tensor, int32 below 2^31 entries, on the weight's device.
+
+    Of a weight that is sharded over several ranks (FSDP2): the entries within this rank's part, by their place in it.
 
     `threshold` is the bound that separates chosen from unchosen scores: `score < threshold` where low scores were
     wanted, `score >= threshold` where high ones were; None where the choice was not by one bound for the whole model.
@@ -276,7 +280,7 @@ def _refuse_overlaps(targets: Iterable[Target]) -> None:
 
 def magnitude(target: Target) -> Tensor:
     """|W| in float32 (float64 for float64 weights), so that low precision never decides a comparison."""
-    weight = target.weight.detach()
+    weight = local(target.weight.detach())
     return (weight if weight.dtype == torch.float64 else weight.float()).abs()
 
 
@@ -297,12 +301,13 @@ def choose(
 
     Raises SelectionError when nothing, or by a threshold everything, would be selected, and on NaN or infinite scores.
     """
+    together = Together(target.weight for target in targets)
     if amount.threshold is not None:
-        selection = _by_threshold(targets, score, float(amount.threshold), largest)
+        selection = _by_threshold(targets, score, float(amount.threshold), largest, together)
     elif amount.per_layer:
-        selection = _by_layer(targets, score, amount, largest, skip)
+        selection = _by_layer(targets, score, amount, largest, skip, together)
     else:
-        selection = _by_count(targets, score, amount, largest)
+        selection = _by_count(targets, score, amount, largest, together)
     return checked(selection, targets, amount)
 
 
@@ -311,13 +316,16 @@ def checked(selection: Selection, targets: Sequence[Target], amount: Amount) -> 
     number.
     """
     total = sum(target.numel for target in targets)
-    if selection.count == 0:
+    together = Together(target.weight for target in targets)
+    held = [(t.weight, selection.index[t.name].numel()) for t in targets if t.name in selection.index]
+    count = together.entries(held)
+    if count == 0:
         raise SelectionError(
             f"{amount} selects no weight of {total} eligible entries; raise it, or give fraction=0.05 to take the "
             "share that "
             "the paper trains"
         )
-    if selection.count == total and amount.threshold is not None:
+    if count == total and amount.threshold is not None:
         raise SelectionError(
             f"{amount} selects every one of the {total} eligible entries, which is full fine-tuning; lower it, or give "
             "fraction=0.05 (torch.optim.AdamW trains everything with less bookkeeping)"
@@ -325,15 +333,19 @@ def checked(selection: Selection, targets: Sequence[Target], amount: Amount) -> 
     return selection
 
 
-def _by_threshold(targets: Sequence[Target], score: Score, threshold: float, largest: bool) -> Selection:
+def _by_threshold(
+    targets: Sequence[Target], score: Score, threshold: float, largest: bool, together: Together
+) -> Selection:
     index = {}
     for target in targets:
-        value = _finite(target, score).reshape(-1)
+        value = _finite(target, score, together).reshape(-1)
         index[target.name] = _indices(value >= threshold if largest else value < threshold)
     return Selection(index, threshold)
 
 
-def _by_layer(targets: Sequence[Target], score: Score, amount: Amount, largest: bool, skip: int) -> Selection:
+def _by_layer(
+    targets: Sequence[Target], score: Score, amount: Amount, largest: bool, skip: int, together: Together
+) -> Selection:
     index = {}
     for target in targets:
         share = amount.of_layer(target)
@@ -343,36 +355,42 @@ def _by_layer(targets: Sequence[Target], score: Score, amount: Amount, largest: 
                 f"'{target.name}', which has "
                 f"{target.numel} entries; at most {target.numel // max(share, 1)} tasks fit without overlap"
             )
-        key, width = _keys(_finite(target, score), largest)
-        mask = _first(key, width, (skip + 1) * share)
+        key, width = _keys(_finite(target, score, together), largest)
+        mask = _first(target, key, width, (skip + 1) * share)
         if skip:
-            mask &= ~_first(key, width, skip * share)
+            mask &= ~_first(target, key, width, skip * share)
         index[target.name] = _indices(mask)
     return Selection(index)
 
 
-def _by_count(targets: Sequence[Target], score: Score, amount: Amount, largest: bool) -> Selection:
+def _by_count(targets: Sequence[Target], score: Score, amount: Amount, largest: bool, together: Together) -> Selection:
     count = amount.of_model(sum(target.numel for target in targets))
     double = any(target.weight.dtype == torch.float64 for target in targets)
 
     def keys() -> Iterator[tuple[Tensor, int]]:
         for target in targets:
-            value = _finite(target, score)
+            value = _finite(target, score, together)
             yield _keys(value.double() if double else value, largest)
 
-    cut, ties = _kth(keys, count)
+    def counted() -> Iterator[tuple[Tensor, int]]:
+        for target, (key, width) in zip(targets, keys(), strict=True):
+            yield key if together.counted(target.weight) else key[:0], width
+
+    cut, ties = _kth(counted, count, together)
     index = {}
     for target, (key, _) in zip(targets, keys(), strict=True):
-        mask, ties = _up_to(key, cut, ties)
+        mask, ties = _up_to(key, cut, ties, target.weight, together)
         index[target.name] = _indices(mask)
     value = _value(cut, double, largest)
     # The stored bound must reproduce the choice with the strict `<` of a threshold.
     return Selection(index, value if largest else _next_float(value, double))
 
 
-def _finite(target: Target, score: Score) -> Tensor:
-    value = score(target)
-    if not float(value.max()) < math.inf:  # the maximum of non-negative scores is NaN where any is, and one pass
+def _finite(target: Target, score: Score, together: Together) -> Tensor:
+    """The scores of this rank's part of the weight, checked over all ranks."""
+    value = together.part(target.weight, score(target))
+    # The maximum of non-negative scores is NaN where any is, and one pass.
+    if together.any(target.weight, value.numel() > 0 and not float(value.max()) < math.inf):
         raise SelectionError(
             f"'{target.name}' has NaN or infinite scores; the weights or gradients are broken before training"
         )
@@ -405,8 +423,8 @@ def _next_float(value: float, wide: bool) -> float:
     return float(torch.nextafter(here, torch.full_like(here, math.inf)))
 
 
-def _kth(keys: Callable[[], Iterable[tuple[Tensor, int]]], k: int) -> tuple[int, int]:
-    """The k-th lowest key (from 1) and how many of the entries equal to it are among the first k."""
+def _kth(keys: Callable[[], Iterable[tuple[Tensor, int]]], k: int, together: Together = ALONE) -> tuple[int, int]:
+    """The k-th lowest key (from 1) of all ranks and how many of the entries equal to it are among the first k."""
     prefix, remaining, width = 0, k, 64
     shift = width
     while shift > 0:
@@ -418,7 +436,7 @@ def _kth(keys: Callable[[], Iterable[tuple[Tensor, int]]], k: int) -> tuple[int,
                     chunk = chunk[(chunk >> top) == prefix]
                 digits = (chunk >> (top - DIGIT)) & ((1 << DIGIT) - 1)
                 histogram += torch.bincount(digits, minlength=1 << DIGIT).cpu()
-        reached = histogram.cumsum(0)
+        reached = together.sum(histogram).cumsum(0)
         digit = int(torch.searchsorted(reached, remaining))
         remaining -= int(reached[digit - 1]) if digit else 0
         prefix = prefix << DIGIT | digit
@@ -442,22 +460,25 @@ def largest_in_stream(scores: Callable[[], Iterable[Tensor]], count: int) -> Ite
         yield mask
 
 
-def _first(key: Tensor, width: int, count: int) -> Tensor:
+def _first(target: Target, key: Tensor, width: int, count: int) -> Tensor:
     """Boolean mask of the `count` lowest keys of one tensor, ties by lowest index."""
     if count == 0:
         return torch.zeros_like(key, dtype=torch.bool)
-    cut, ties = _kth(lambda: [(key, width)], count)
-    return _up_to(key, cut, ties)[0]
+    alone = Together([target.weight])
+    cut, ties = _kth(lambda: [(key, width)], count, alone)
+    return _up_to(key, cut, ties, target.weight, alone)[0]
 
 
-def _up_to(key: Tensor, cut: int, ties: int) -> tuple[Tensor, int]:
+def _up_to(
+    key: Tensor, cut: int, ties: int, weight: Tensor | None = None, together: Together = ALONE
+) -> tuple[Tensor, int]:
     """Mask of keys below `cut` and of the first `ties` equal to it; and how many ties are left for the tensors to
     come.
     """
     mask = key < cut
-    equal = (key == cut).nonzero().view(-1)[:ties]
+    equal, every = together.first(weight, (key == cut).nonzero().view(-1), ties)
     mask[equal] = True
-    return mask, ties - equal.numel()
+    return mask, ties - min(every, ties)
 
 
 def totals(selection: Mapping[str, Tensor], targets: Sequence[Target]) -> dict[str, tuple[int, int]]:
