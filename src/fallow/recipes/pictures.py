@@ -26,6 +26,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from fallow.core.errors import ConfigError, DataError
+from fallow.recipes.masks import check_mask, is_mask, mask_beside, transparent
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SMALLEST = 8  # pixels of the shorter side: one latent of Stable Diffusion's autoencoder
@@ -41,33 +42,71 @@ Size = tuple[int, int]  # width, height in pixels
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture on disk: width and height in pixels as it is looked at, after its EXIF orientation."""
+    """One picture on disk: width and height in pixels as it is looked at, after its EXIF orientation.
+
+    `mask`: the file that says which places count, the picture itself for its transparency, None for all places.
+    `repeats`: how often it is seen while others are seen once.
+    """
 
     path: Path
     caption: str
     width: int
     height: int
+    mask: Path | None = None
+    repeats: int = 1
 
 
-def read_pictures(folder: str | Path, prompt: str | None = None) -> list[Picture]:
+@dataclass(frozen=True)
+class Reading:
+    """How a folder is read. `lines`: keep a caption's lines apart (they are wordings to draw from).
+
+    `masks`: look for mask files; `alpha`: take a picture's transparency where it has no such file. `unmasked_weight`:
+    what the loss weighs where a mask is black; at 0 a mask that is all black is refused.
+    """
+
+    lines: bool = False
+    masks: bool = False
+    alpha: bool = False
+    unmasked_weight: float = 0.0
+
+
+def read_pictures(folder: str | Path, prompt: str | None = None, how: Reading | None = None) -> list[Picture]:
     """The pictures of a folder (not of folders within it, unless metadata.jsonl names them), sorted by name.
 
     `prompt`: the caption of those that have none of their own; "" where captions do not matter. Every picture is
     decoded once. Raises DataError, which names the file: a folder that is missing, no folder, unreadable or without
     pictures; a picture that is broken or has a side below 8 pixels; a caption that is missing; metadata.jsonl with a
-    broken line, or one that names a file that is not there.
+    broken line, or one that names a file that is not there; a mask that does not fit its picture.
     """
-    folder = Path(folder).expanduser()
+    folder, how = Path(folder).expanduser(), how or Reading()
     files = _files(folder)
     told = _metadata(folder)
-    files = sorted({*files, *told})
+    files = sorted({*files, *told} - {mask for _, mask in told.values() if mask is not None})
     if not files:
         raise DataError(_none_in(folder))
     out = []
     for file in files:
         width, height = _checked(file)
-        out.append(Picture(file, _caption(file, told, prompt), width, height))
+        caption, named = told.get(file, ("", None))
+        caption = caption or _caption_beside(file, prompt)
+        mask = _mask(file, named, (width, height), how)
+        out.append(Picture(file, caption if how.lines else " ".join(caption.splitlines()), width, height, mask))
     return out
+
+
+def _mask(file: Path, named: Path | None, size: Size, how: Reading) -> Path | None:
+    """Where the picture's mask is, as Picture has it; checked."""
+    mask = (named or mask_beside(file, SUFFIXES)) if how.masks else None
+    try:
+        if mask is None and how.alpha and transparent(file):
+            mask = file
+        if mask is not None:
+            check_mask(file, mask, size, how.unmasked_weight)
+    except DataError:
+        raise
+    except _UNREADABLE as error:
+        raise DataError(_broken(mask or file, error)) from None
+    return mask
 
 
 def _files(folder: Path) -> list[Path]:
@@ -76,13 +115,20 @@ def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"{folder} is a file; give the folder that the pictures are in")
     try:
-        return [file for file in folder.iterdir() if _is_picture(file)]
+        found = [file for file in folder.iterdir() if _is_picture(file)]
     except OSError as error:
         raise DataError(f"{folder} cannot be read ({error.strerror}); make it readable, or give another") from None
+    names = {file.stem for file in found}
+    return [file for file in found if not is_mask(file, names)]
 
 
 def _is_picture(file: Path) -> bool:
     return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+
+
+def has_pictures(folder: Path) -> bool:
+    """Whether there are pictures right in a folder."""
+    return any(_is_picture(file) for file in folder.iterdir())
 
 
 def _none_in(folder: Path) -> str:
@@ -91,8 +137,8 @@ def _none_in(folder: Path) -> str:
     return f"{folder} holds no picture ({', '.join(SUFFIXES)}){hint}"
 
 
-def _metadata(folder: Path) -> dict[Path, str]:
-    """Picture -> caption, as metadata.jsonl says; empty where there is no such file."""
+def _metadata(folder: Path) -> dict[Path, tuple[str, Path | None]]:
+    """Picture -> caption and mask, as metadata.jsonl says; empty where there is no such file."""
     source = folder / "metadata.jsonl"
     if not source.exists():
         return {}
@@ -101,7 +147,7 @@ def _metadata(folder: Path) -> dict[Path, str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         raise DataError(f"{source} cannot be read: {reason}") from None
-    found: dict[Path, str] = {}
+    found: dict[Path, tuple[str, Path | None]] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -120,21 +166,27 @@ def _metadata(folder: Path) -> dict[Path, str]:
         caption = next((entry[key] for key in CAPTION_KEYS if entry.get(key) is not None), "")
         if not isinstance(caption, str):
             raise DataError(f"{where}: the caption {caption!r} is no text; write it in quotation marks")
-        found[file] = caption.strip()
+        found[file] = (caption.strip(), _named_mask(folder, entry.get("mask"), where))
     return found
 
 
-def _caption(file: Path, told: dict[Path, str], prompt: str | None) -> str:
-    if told.get(file):
-        return told[file]
+def _named_mask(folder: Path, named: Any, where: str) -> Path | None:
+    if named is None:
+        return None
+    if not isinstance(named, str) or not (folder / named).is_file():
+        raise DataError(f"{where} names the mask {named!r}, which is not there; add the file or remove the key")
+    return folder / named
+
+
+def _caption_beside(file: Path, prompt: str | None) -> str:
     beside = file.with_suffix(".txt")
     if beside.is_file():
         try:
-            text = " ".join(beside.read_text(encoding="utf-8-sig").split())
+            lines = beside.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
             raise DataError(f"{beside} cannot be read: {reason}") from None
-        if text:
+        if text := "\n".join(" ".join(line.split()) for line in lines if line.strip()):
             return text
     if prompt is None:
         raise DataError(f"{file} has no caption; {HOW_TO_CAPTION}")
