@@ -320,7 +320,7 @@ def test_what_is_no_adapter_is_named_with_what_to_give(full, lora, unet, tmp_pat
         (tmp_path / "nothing", "does not exist"),
         (folder, f"no {WEIGHTS}"),
         (tmp_path / "other.safetensors", "cannot be read as safetensors"),
-        (tmp_path / "plain.safetensors", "no sparse adapter"),
+        (tmp_path / "plain.safetensors", "no adapter of a format"),
     ):
         with pytest.raises(AdapterError, match=says):
             apply_adapter(unet(), path)

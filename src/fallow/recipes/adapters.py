@@ -22,8 +22,8 @@ from fallow.core import sparse
 from fallow.core.errors import AdapterError, ConfigError, ModelError
 from fallow.core.files import atomic_directory
 from fallow.core.sparse import WEIGHTS, SparseDelta
-from fallow.recipes import adapter_files
-from fallow.recipes.adapter_files import adapter_size, kind_of, locate, read_config, shapes_in
+from fallow.recipes.adapter_directory import PREFIX, header, read_config, shapes_in
+from fallow.recipes.adapter_files import adapter_size, kind_of, locate
 from fallow.recipes.pipelines import apply_adapters, load_pipeline, quietly
 from fallow.recipes.run_directory import refuse_read_only
 from fallow.report.run import block_of
@@ -85,12 +85,12 @@ def _describe_sparse(delta: SparseDelta) -> tuple[dict[str, Any], dict[str, Any]
 def _describe_dense(place: Path, kind: str) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """Of kinds whose files hold no changes: factors of PEFT's, or all the weights."""
     shapes = shapes_in(place / WEIGHTS)
-    noted = adapter_files.header(place / WEIGHTS)
+    noted = header(place / WEIGHTS)
     blocks: dict[str, dict[str, Any]] = {}
     for name, shape in shapes.items():
         size = math.prod(shape)
         block = blocks.setdefault(
-            block_of(name.removeprefix(adapter_files.PREFIX)),
+            block_of(name.removeprefix(PREFIX)),
             {"trained": 0, "numel": 0 if kind == "full" else None, "norm": None, "largest": None},
         )
         block["trained"] += size

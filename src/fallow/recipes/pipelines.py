@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fallow import assets
-from fallow.core.errors import ConfigError, ModelError
+from fallow.core.errors import AdapterError, ConfigError, ModelError
 from fallow.recipes import adapter_files
 
 
@@ -220,12 +220,22 @@ def _how(folder: Path | None) -> dict[str, Any]:
 
 
 def apply_adapters(pipeline: Any, adapters: Sequence[tuple[str | Path, float]], *, force: bool = False) -> None:
-    """Put adapters of any kinds on the pipeline's network: base + the sum of scale x change. In place.
+    """Put adapters of any kinds on the pipeline's network, and on its text encoders those that change them, in place:
+    base + the sum of scale x change.
 
     All are checked before any weight is touched. Raises AdapterError for one that is broken or fits nothing, or was
     trained on another base unless `force`.
     """
-    adapter_files.apply_together(trained_part(pipeline), adapters, force=force)
+    plans = [adapter_files.prepare(trained_part(pipeline), adapters, force=force)]
+    for part in dict.fromkeys(part for path, _ in adapters for part in adapter_files.other_parts(path)):
+        encoder = getattr(pipeline, part, None)
+        if not isinstance(encoder, nn.Module):
+            raise AdapterError(
+                f"an adapter changes {part}, which {type(pipeline).__name__} lacks; give the base it was trained on"
+            )
+        plans.append(adapter_files.prepare(encoder, adapters, force=force, part=part))
+    for plan in plans:
+        plan.apply()
 
 
 def trained_part(pipeline: Any) -> nn.Module:

@@ -1,0 +1,286 @@
+"""What an adapter of each kind does to the weights of a network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fallow.core.errors import AdapterError, nearest
+from fallow.core.files import matches
+from fallow.core.select import named_weights
+from fallow.core.sparse import WEIGHTS, SparseDelta
+from fallow.recipes.adapter_directory import NETWORKS, PREFIX, opened, shapes_in
+from fallow.recipes.bare_networks import adapted_names, bare_parameters, own_parameters
+from fallow.recipes.formats.layers import Adapter, Dense, Factors, Layer, plain
+
+
+class Change(Protocol):
+    """What an adapter of any kind does to a network, one weight at a time."""
+
+    def check(self, network: nn.Module, force: bool) -> None:
+        """AdapterError where it fits nothing, or (unless forced) belongs to another base."""
+        ...
+
+    def changed(self, network: nn.Module) -> Sequence[str]:
+        """The names of the weights it changes. The network is as before when it returns."""
+        ...
+
+    def add_to(self, total: Tensor, name: str, base: Tensor, scale: float) -> None:
+        """total += scale * (changed weight - base), in place; `total` has the base's shape, float32 or float64."""
+        ...
+
+    def exact(self, name: str, base: Tensor) -> Tensor:
+        """The changed weight in the base's dtype, as it was when training ended."""
+        ...
+
+
+def wide(weight: Tensor) -> Tensor:
+    """A row-major copy in float32, or float64 of such."""
+    precision = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return weight.detach().to(precision, copy=True).contiguous()
+
+
+@dataclass
+class LayersChange:
+    """Factors and full changes from a file of diffusers, kohya or LyCORIS."""
+
+    place: Path
+    layers: Mapping[str, Layer]
+    base: Mapping[str, Sequence[str]]
+    found: dict[str, Layer] = field(default_factory=dict)  # the network's name of the weight -> what changes it
+
+    @staticmethod
+    def of(place: Path, adapter: Adapter, part: str | None) -> LayersChange | None:
+        """The change of one part of the pipeline; None where the adapter has nothing for it."""
+        name = next((one for one in adapter.parts if one == part or (part is None and one in NETWORKS)), None)
+        return None if name is None else LayersChange(place, adapter.parts[name], adapter.base.get(name, {}))
+
+    def check(self, network: nn.Module, force: bool) -> None:
+        named = named_weights(network)
+        own = {plain(name): name for name in named}
+        for name, layer in self.layers.items():
+            if name not in own:
+                raise AdapterError(
+                    f"{self.place} changes '{name}', which {type(network).__name__} lacks"
+                    f"{nearest(name, list(own)[:500])}; give the base that it was trained on"
+                )
+            shape, wanted = tuple(named[own[name]].shape), layer.shape
+            # a convolution of one pixel and a linear layer are the same, and files do not agree on which it is
+            if shape != wanted and (math.prod(shape) != math.prod(wanted) or shape[:2] != wanted[:2]):
+                raise AdapterError(
+                    f"{self.place} changes '{name}' {wanted}, which is {shape} in this model; give the base that it "
+                    "was trained on"
+                )
+            self.found[own[name]] = layer
+        _check_base(self.place, self.base, {name: named[real] for name, real in own.items()}, force)
+
+    def changed(self, network: nn.Module) -> Sequence[str]:
+        return list(self.found)
+
+    def add_to(self, total: Tensor, name: str, base: Tensor, scale: float) -> None:
+        total.add_(self._change(name, base, total.dtype), alpha=scale)
+
+    def exact(self, name: str, base: Tensor) -> Tensor:
+        total = wide(base)
+        return total.add_(self._change(name, base, total.dtype)).to(base.dtype)
+
+    def _change(self, name: str, base: Tensor, dtype: torch.dtype) -> Tensor:
+        layer = self.found[name]
+        if isinstance(layer, Dense):
+            return layer.read().to(base.device, dtype).view(base.shape)
+        here = Factors(
+            layer.down.to(base.device),
+            layer.up.to(base.device),
+            layer.alpha,
+            None if layer.magnitude is None else layer.magnitude.to(base.device),
+        )
+        return here.change(base, dtype).view(base.shape)
+
+
+@dataclass
+class SparseChange:
+    """Some entries of the weights."""
+
+    delta: SparseDelta
+
+    def check(self, network: nn.Module, force: bool) -> None:
+        self.delta.check(network, force)
+
+    def changed(self, network: nn.Module) -> Sequence[str]:
+        return list(self.delta.entries)
+
+    def add_to(self, total: Tensor, name: str, base: Tensor, scale: float) -> None:
+        index = self.delta.entries[name].index.to(total.device)
+        change = self.delta.deltas(name, base.flatten()[index])
+        total.view(-1).index_add_(0, index.long(), change.to(total.dtype), alpha=scale)
+
+    def exact(self, name: str, base: Tensor) -> Tensor:
+        if self.delta.store == "delta":
+            total = wide(base)
+            self.add_to(total, name, base, 1.0)
+            return total.to(base.dtype)
+        entry = self.delta.entries[name]
+        new = base.flatten().clone()  # row-major, whatever the memory format
+        new[entry.index.to(new.device).long()] = entry.values.to(new)
+        return new.view(base.shape)
+
+
+@dataclass
+class FullChange:
+    """All weights; read from the file one at a time."""
+
+    folder: Path
+    base: Mapping[str, Sequence[str]]
+
+    def check(self, network: nn.Module, force: bool) -> None:
+        found, named = shapes_in(self.folder / WEIGHTS), own_parameters(network)
+        _check_shapes(self.folder, found, named, network)
+        missing = sorted(named.keys() - found.keys())
+        if missing:
+            raise AdapterError(
+                f"{self.folder} lacks {len(missing)} weights of {type(network).__name__}, such as {missing[0]}; it "
+                "belongs to another network"
+            )
+        _check_base(self.folder, self.base, named, force)
+
+    def changed(self, network: nn.Module) -> Sequence[str]:
+        return list(own_parameters(network))
+
+    def add_to(self, total: Tensor, name: str, base: Tensor, scale: float) -> None:
+        total.add_(self._read(name).to(total) - base.to(total.dtype), alpha=scale)
+
+    def exact(self, name: str, base: Tensor) -> Tensor:
+        return self._read(name).to(base)
+
+    def _read(self, name: str) -> Tensor:
+        with opened(self.folder / WEIGHTS) as found:
+            tensor: Tensor = found.get_tensor(name)
+            return tensor
+
+
+@dataclass
+class PeftChange:
+    """Whatever PEFT can merge. Its change is what merging does to the weights, so it scales like the other kinds."""
+
+    folder: Path
+    base: Mapping[str, Sequence[str]]
+    merged: dict[str, Tensor] = field(default_factory=dict)  # weight name -> the weight with the adapter merged
+
+    def check(self, network: nn.Module, force: bool) -> None:
+        named = dict(network.named_parameters())
+        _check_base(self.folder, {k: v for k, v in self.base.items() if k in named}, named, force)
+        self._merge(network)
+
+    def changed(self, network: nn.Module) -> Sequence[str]:
+        return list(self.merged)
+
+    def add_to(self, total: Tensor, name: str, base: Tensor, scale: float) -> None:
+        total.add_(self.merged[name].to(total) - base.to(total.dtype), alpha=scale)
+
+    def exact(self, name: str, base: Tensor) -> Tensor:
+        return self.merged[name].to(base)
+
+    def _merge(self, network: nn.Module) -> None:
+        """Let PEFT merge into the network, keep what came of it, and put the network back as it was, bit for bit."""
+        from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+        file = self.folder / WEIGHTS
+        with opened(file) as found:
+            tensors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118
+        wants_gradient = {name: p.requires_grad for name, p in network.named_parameters()}
+        training = {name: module.training for name, module in network.named_modules()}
+        hosted: Any = None
+        former: dict[str, Tensor] = {}
+        try:
+            settings = PeftConfig.from_pretrained(str(self.folder))
+            settings.inference_mode = True
+            with torch.random.fork_rng():  # PEFT draws first values, which the file's then replace
+                hosted = get_peft_model(network, settings)
+            self._check_tensors(tensors, get_peft_model_state_dict(hosted))
+            own, adapted = bare_parameters(network), adapted_names(network)
+            if getattr(settings, "bias", "none") != "none":
+                adapted |= {name for name in own if name.endswith("bias")}
+            former = {name: own[name].detach().clone() for name in own if name in adapted}
+            set_peft_model_state_dict(hosted, tensors)
+            hosted.merge_adapter(safe_merge=True)
+            own = bare_parameters(network)
+            self.merged = {
+                name: own[name].detach().clone() for name, was in former.items() if not torch.equal(own[name], was)
+            }
+        except AdapterError:
+            raise
+        except _NOT_FOR_PEFT as error:
+            raise AdapterError(
+                f"{self.folder}: PEFT cannot put this adapter on {type(network).__name__} and merge it "
+                f"({_first(error)}); give the kind of base that it was trained on"
+            ) from None
+        finally:
+            own = bare_parameters(network)
+            for name, was in former.items():
+                own[name].data.copy_(was)
+            if hosted is not None:
+                hosted.unload()
+                vars(network).pop("peft_config", None)  # what older versions of PEFT leave there
+            for name, parameter in network.named_parameters():
+                parameter.requires_grad_(wants_gradient[name])
+            for name, module in network.named_modules():
+                module.training = training[name]
+
+    def _check_tensors(self, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+        """AdapterError unless the file holds exactly the tensors that the adapter has on this network."""
+        own = {f"{PREFIX}{name.removeprefix(PREFIX)}": tensor for name, tensor in own.items()}
+        strange, missing = sorted(tensors.keys() - own.keys()), sorted(own.keys() - tensors.keys())
+        if strange or missing:
+            which = f"'{strange[0]}' fits no layer" if strange else f"'{missing[0]}' is missing"
+            raise AdapterError(
+                f"{self.folder} does not fit this network: {which} ({len(strange)} tensors too many, {len(missing)} "
+                "too few); give the base that it was trained on"
+            )
+        for name, tensor in tensors.items():
+            if tensor.shape != own[name].shape:
+                raise AdapterError(
+                    f"{self.folder} does not fit this network: '{name}' is {tuple(tensor.shape)} and must be "
+                    f"{tuple(own[name].shape)}; give the base that it was trained on"
+                )
+
+
+# What PEFT raises for settings it does not know, layers that are not there, and methods that cannot be merged.
+_NOT_FOR_PEFT = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError)
+
+
+def _first(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _check_shapes(
+    folder: Path, found: Mapping[str, tuple[int, ...]], named: Mapping[str, Tensor], network: nn.Module
+) -> None:
+    for name, shape in found.items():
+        if name not in named:
+            raise AdapterError(
+                f"{folder} changes '{name}', which {type(network).__name__} lacks{nearest(name, list(named)[:500])}; "
+                "give the base that it was trained on"
+            )
+        if tuple(named[name].shape) != shape:
+            raise AdapterError(
+                f"{folder} changes '{name}' {shape}, which is {tuple(named[name].shape)} in this model; give the base "
+                "that it was trained on"
+            )
+
+
+def _check_base(folder: Path, base: Mapping[str, Sequence[str]], named: Mapping[str, Tensor], force: bool) -> None:
+    if force:
+        return
+    for name, (of_base, dtype) in base.items():
+        if name not in named or not matches(of_base, named[name], getattr(torch, dtype, None)):
+            raise AdapterError(
+                f"{folder} was trained on another base: '{name}' holds other values. Give the base that it was trained "
+                "on, or force it (force=True, --force) if you know that it is close enough"
+            )
