@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from fallow.recipes.noise import Draw, denoising_loss, draw, min_snr_weights, target
+from fallow.recipes.noise import Diffusion, Draw, denoising_loss, draw, min_snr_weights, target
 
 
 class Answers:
@@ -15,9 +15,8 @@ class Answers:
     def __init__(self, value: float) -> None:
         self.value = value
 
-    def __call__(self, noisy, timesteps, text):
-        self.sample = torch.full_like(noisy, self.value)
-        return self
+    def __call__(self, noisy, timesteps):
+        return torch.full_like(noisy, self.value)
 
 
 @pytest.fixture
@@ -58,9 +57,7 @@ def test_the_target_is_noise_velocity_or_the_picture(scheduler):
 
 def test_the_loss_is_the_weighted_mean_of_the_pictures_own(scheduler):
     latents, noise, t = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([5, 300, 900])
-    got = denoising_loss(
-        Answers(0.5), scheduler, latents, torch.zeros(3, 1, 1), Draw(noise, t), prediction="epsilon", min_snr=5.0
-    )
+    got = denoising_loss(Answers(0.5), Diffusion(scheduler, "epsilon"), latents, Draw(noise, t), min_snr=5.0)
     each = [float((0.5 - noise[i]).square().mean()) for i in range(3)]
     weights = [reference_weight(float(scheduler.alphas_cumprod[i]), 5.0, "epsilon") for i in t]
     assert float(got) == pytest.approx(sum(w * e for w, e in zip(weights, each, strict=True)) / 3, rel=1e-4)

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from fallow.core.errors import ConfigError, DataError, ModelError, SelectionError, TrainingError
 from fallow.core.files import read_tensors
-from fallow.recipes import text_to_image
+from fallow.recipes import noise, text_to_image
 from fallow.recipes.checkpoints import checkpoints
 from fallow.recipes.latents import Examples, seeded
 from fallow.recipes.pictures import fit, read_pictures
@@ -278,12 +278,14 @@ def examples(tiny_sd: Path, pictures: Path) -> Callable[..., Examples]:
 
 def test_captions_are_dropped_as_often_as_asked(examples):
     made = examples()
-    none = made.batch([0] * 400, seeded(1), caption_dropout=0.0).text
-    assert torch.equal(none, made.embeddings[made.caption_of[0]].expand_as(none))
-    some = made.batch([0] * 400, seeded(1), caption_dropout=0.25).text
-    empty = (some == made.embeddings[0]).flatten(1).all(1)
+    none = made.batch([0] * 400, seeded(1), caption_dropout=0.0).conditions["text"]
+    assert torch.equal(none, made.captions["text"][made.caption_of[0]].expand_as(none))
+    some = made.batch([0] * 400, seeded(1), caption_dropout=0.25).conditions["text"]
+    empty = (some == made.captions["text"][0]).flatten(1).all(1)
     assert 0.18 < float(empty.float().mean()) < 0.32
-    assert bool((made.batch([0, 1], seeded(1), caption_dropout=1.0).text == made.embeddings[0]).all())
+    assert bool(
+        (made.batch([0, 1], seeded(1), caption_dropout=1.0).conditions["text"] == made.captions["text"][0]).all()
+    )
 
 
 def test_latents_are_drawn_anew_from_what_the_autoencoder_says(examples, tiny_sd, pictures):
@@ -313,14 +315,14 @@ def test_half_of_the_pictures_are_mirrored_and_only_if_asked(examples):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(settings, monkeypatch, page):
-    real = text_to_image.denoising_loss
+    real = noise.denoising_loss
     calls = []
 
     def broken(*args: Any, **more: Any) -> torch.Tensor:
         calls.append(None)
         return real(*args, **more) * (math.nan if len(calls) == 5 else 1.0)
 
-    monkeypatch.setattr(text_to_image, "denoising_loss", broken)
+    monkeypatch.setattr(noise, "denoising_loss", broken)
     config = settings(steps=9, save_every=2, log_every=100)
     with pytest.raises(TrainingError, match=r"the loss is nan at step 5.*step-000004\. Lower lr=.*max_grad_norm=1.0"):
         train(config)
@@ -338,14 +340,14 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(settings, monkeypatch):
-    real = text_to_image.denoising_loss
+    real = noise.denoising_loss
 
     def broken(network: Any, *args: Any, **more: Any) -> torch.Tensor:
         loss = real(network, *args, **more)
         loss.register_hook(lambda gradient: gradient * math.inf)
         return loss
 
-    monkeypatch.setattr(text_to_image, "denoising_loss", broken)
+    monkeypatch.setattr(noise, "denoising_loss", broken)
     config = settings(steps=2, save_every=1, method="full")
     with pytest.raises(TrainingError, match=r"the gradient is not finite at step 1.*there was no checkpoint yet"):
         train(config)

@@ -1,10 +1,10 @@
-"""Pictures and captions as the network sees them, encoded once: latents and text embeddings, kept in main memory.
+"""Pictures and captions as the network sees them, encoded once: latents and conditions, kept in main memory.
 
 The autoencoder gives a distribution for each picture, of which mean and deviation are kept: each time a picture is
 used its latents are drawn anew, as they would be without the cache. Mirrored pictures are encoded on their own, since
 the autoencoder is not symmetric.
 
-This is the seam for other model families: it alone knows how a pipeline encodes pictures and text.
+How captions become conditions, and what noise there is, the pipeline's family knows (`fallow.recipes.families`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from PIL import ImageOps
 from torch import Tensor
 
-from fallow.recipes.noise import Draw, draw
+from fallow.recipes.families import Conditions, Family, family_of
+from fallow.recipes.noise import Draw, Objective
 from fallow.recipes.pictures import Batches, Picture, Size, open_picture, to_pixels
 
 AT_ONCE = 16  # pictures or captions encoded together
@@ -26,17 +27,18 @@ AT_ONCE = 16  # pictures or captions encoded together
 
 @dataclass
 class Batch:
-    """What the loss needs; latents (B, C, h, w) and text (B, tokens, width) on the network's device."""
+    """What the loss needs, on the network's device: latents (B, C, h, w) and conditions, each (B, ...)."""
 
     latents: Tensor
-    text: Tensor
+    conditions: Conditions
     drawn: Draw
 
     def parts(self, size: int) -> Iterator[Batch]:
         """The batch in pieces of so many pictures, the last one perhaps smaller: for accumulation."""
         for begin in range(0, len(self.latents), size):
             end = begin + size
-            yield Batch(self.latents[begin:end], self.text[begin:end], self.drawn.part(begin, end))
+            conditions = {name: value[begin:end] for name, value in self.conditions.items()}
+            yield Batch(self.latents[begin:end], conditions, self.drawn.part(begin, end))
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -45,23 +47,34 @@ class Batch:
 class Examples:
     """Encoded pictures and captions, from which batches are drawn.
 
-    means[m][i], deviations[m][i] (C, h, w): of picture i, mirrored where m is 1. `embeddings` (1 + captions, tokens,
-    width): the empty caption, then the others; picture i has number `caption_of[i]`.
+    means[m][i], deviations[m][i] (C, h, w): of picture i, mirrored where m is 1. `captions` {condition: (1 + captions,
+    ...)}: of the empty caption, then the others; picture i has number `caption_of[i]`. `told` {condition: (pictures,
+    ...)}: what the network is told of each picture apart from its caption.
     """
 
-    def __init__(self, pipeline: Any, pictures: Sequence[Picture], sizes: Sequence[Size], *, flip: bool) -> None:
-        self.device = pipeline.unet.device
-        self.scale = float(pipeline.vae.config.scaling_factor)
-        self.shift = float(getattr(pipeline.vae.config, "shift_factor", None) or 0.0)
-        self.steps = int(pipeline.scheduler.config.num_train_timesteps)
+    def __init__(
+        self,
+        pipeline: Any,
+        pictures: Sequence[Picture],
+        sizes: Sequence[Size],
+        *,
+        flip: bool,
+        objective: Objective | None = None,
+    ) -> None:
+        """`objective` decides the noise; None: the one of the pipeline's family."""
+        family = family_of(pipeline)
+        self.device = family.part(pipeline).device
+        self.shift, self.scale = family.scaling(pipeline)
+        self.objective = objective or family.objective(pipeline)
         encoded = [
             encode_pictures(pipeline, pictures, sizes, mirrored) for mirrored in ((False, True) if flip else (False,))
         ]
         self.means, self.deviations = [means for means, _ in encoded], [deviations for _, deviations in encoded]
         captions = list(dict.fromkeys(["", *(picture.caption for picture in pictures)]))
-        self.embeddings = encode_captions(pipeline, captions)
+        self.captions = encode_captions(family, pipeline, captions)
         number = {caption: at for at, caption in enumerate(captions)}
         self.caption_of = [number[picture.caption] for picture in pictures]
+        self.told = stacked([family.picture_conditions(pipeline, *one) for one in zip(pictures, sizes, strict=True)])
 
     def batch(
         self,
@@ -71,7 +84,7 @@ class Examples:
         caption_dropout: float = 0.0,
         noise_offset: float = 0.0,
     ) -> Batch:
-        """Latents, captions, noise and timesteps of these pictures; `generator` (on the CPU) decides all chance."""
+        """Latents, conditions, noise and timesteps of these pictures; `generator` (on the CPU) decides all chance."""
         count = len(indices)
         mirrored = torch.randint(0, len(self.means), (count,), generator=generator).tolist()
         mean = torch.stack([self.means[m][i] for m, i in zip(mirrored, indices, strict=True)])
@@ -80,10 +93,12 @@ class Examples:
         latents = (latents - self.shift) * self.scale
         dropped = (torch.rand(count, generator=generator) < caption_dropout).tolist()
         captions = [0 if drop else self.caption_of[i] for drop, i in zip(dropped, indices, strict=True)]
+        conditions = {name: values[captions] for name, values in self.captions.items()}
+        conditions |= {name: values[list(indices)] for name, values in self.told.items()}
         return Batch(
             latents.to(self.device),
-            self.embeddings[captions].to(self.device),
-            draw(mean.shape, self.steps, noise_offset, generator, self.device),
+            {name: value.to(self.device) for name, value in conditions.items()},
+            self.objective.draw(mean.shape, noise_offset, generator, self.device),
         )
 
 
@@ -109,14 +124,18 @@ def encode_pictures(
 
 
 @torch.no_grad()
-def encode_captions(pipeline: Any, captions: Sequence[str]) -> Tensor:
-    """(captions, tokens, width) float32 on the CPU."""
-    found = []
+def encode_captions(family: Family, pipeline: Any, captions: Sequence[str]) -> Conditions:
+    """The conditions of captions, {name: (captions, ...)}, floats in float32, on the CPU."""
+    found: dict[str, list[Tensor]] = {}
     for begin in range(0, len(captions), AT_ONCE):
-        some = list(captions[begin : begin + AT_ONCE])
-        embedded, _ = pipeline.encode_prompt(some, pipeline.unet.device, 1, False)
-        found.append(embedded.float().cpu())
-    return torch.cat(found)
+        for name, value in family.encode(pipeline, captions[begin : begin + AT_ONCE]).items():
+            found.setdefault(name, []).append(value.float().cpu() if value.is_floating_point() else value.cpu())
+    return {name: torch.cat(values) for name, values in found.items()}
+
+
+def stacked(each: Sequence[Conditions]) -> Conditions:
+    """Conditions of single pictures as one tensor for each name."""
+    return {name: torch.stack([one[name] for one in each]) for name in each[0]}
 
 
 def seeded(*parts: Any) -> torch.Generator:

@@ -10,10 +10,12 @@ Noise offset: eps += offset * one random number for each picture and channel, so
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
+from diffusers import DDPMScheduler
 from torch import Tensor
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
@@ -32,12 +34,18 @@ class Draw:
 
 
 def draw(shape: torch.Size, steps: int, offset: float, generator: torch.Generator, device: torch.device) -> Draw:
-    """Noise and timesteps for latents of a shape (B, C, h, w), of a scheduler with so many training steps."""
-    noise = torch.randn(shape, generator=generator)
-    if offset:
-        noise = noise + offset * torch.randn((*shape[:2], 1, 1), generator=generator)
+    """Noise and timesteps for latents of a shape (B, C, ..., h, w), of a scheduler with so many training steps."""
+    noise = offset_noise(shape, offset, generator)
     timesteps = torch.randint(0, steps, (shape[0],), generator=generator)
     return Draw(noise.to(device), timesteps.to(device))
+
+
+def offset_noise(shape: torch.Size, offset: float, generator: torch.Generator) -> Tensor:
+    """Normal noise (B, C, ..., h, w), each channel moved by `offset` times a normal number of its own."""
+    noise = torch.randn(shape, generator=generator)
+    if offset:
+        noise = noise + offset * torch.randn((*shape[:2], *(1 for _ in shape[2:])), generator=generator)
+    return noise
 
 
 def target(scheduler: Any, prediction: Prediction, latents: Tensor, drawn: Draw) -> Tensor:
@@ -58,21 +66,66 @@ def min_snr_weights(alphas_cumprod: Tensor, timesteps: Tensor, gamma: float, pre
     return capped / {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction]
 
 
+class Objective(Protocol):
+    """What a network is trained to predict: noising, target and weights; diffusion here, else flow matching."""
+
+    prediction: str
+
+    def draw(self, shape: torch.Size, offset: float, generator: torch.Generator, device: torch.device) -> Draw:
+        """Noise and timesteps for latents (B, C, ..., h, w); `generator` is on the CPU."""
+        ...
+
+    def noisy(self, latents: Tensor, drawn: Draw) -> Tensor:
+        """What the network sees."""
+        ...
+
+    def target(self, latents: Tensor, drawn: Draw) -> Tensor:
+        """What it is to predict, of the latents' shape."""
+        ...
+
+    def weights(self, drawn: Draw, min_snr: float | None) -> Tensor | None:
+        """(B,) the weights of the losses by timestep; None: all are 1."""
+        ...
+
+
+class Diffusion:
+    """The objective at the head of this file, with the noise schedule of a pipeline's scheduler."""
+
+    def __init__(self, scheduler: Any, prediction: Prediction | None = None) -> None:
+        changed = {} if prediction is None else {"prediction_type": prediction}
+        self.scheduler = DDPMScheduler.from_config(scheduler.config, **changed)
+        self.prediction: Prediction = self.scheduler.config.prediction_type
+        self.steps = int(self.scheduler.config.num_train_timesteps)
+
+    def draw(self, shape: torch.Size, offset: float, generator: torch.Generator, device: torch.device) -> Draw:
+        return draw(shape, self.steps, offset, generator, device)
+
+    def noisy(self, latents: Tensor, drawn: Draw) -> Tensor:
+        noisy: Tensor = self.scheduler.add_noise(latents, drawn.noise, drawn.timesteps)
+        return noisy
+
+    def target(self, latents: Tensor, drawn: Draw) -> Tensor:
+        return target(self.scheduler, self.prediction, latents, drawn)
+
+    def weights(self, drawn: Draw, min_snr: float | None) -> Tensor | None:
+        if min_snr is None:
+            return None
+        return min_snr_weights(self.scheduler.alphas_cumprod, drawn.timesteps, min_snr, self.prediction)
+
+
 def denoising_loss(
-    network: Any,
-    scheduler: Any,
+    predict: Callable[[Tensor, Tensor], Tensor],
+    objective: Objective,
     latents: Tensor,
-    text: Tensor,
     drawn: Draw,
     *,
-    prediction: Prediction,
     min_snr: float | None = None,
 ) -> Tensor:
-    """The loss of a batch, a scalar in float32; latents (B, C, h, w), text (B, tokens, width)."""
-    noisy = scheduler.add_noise(latents, drawn.noise, drawn.timesteps)
-    predicted = network(noisy, drawn.timesteps, text).sample
-    wanted = target(scheduler, prediction, latents, drawn)
-    losses = (predicted.float() - wanted.float()).square().flatten(1).mean(1)
-    if min_snr is not None:
-        losses = losses * min_snr_weights(scheduler.alphas_cumprod, drawn.timesteps, min_snr, prediction)
-    return losses.mean()
+    """The loss of a batch, a scalar in float32: where the prediction of a network of any family meets its target.
+
+    `predict(noisy, timesteps)`: the network under its conditions; latents (B, C, ..., h, w).
+    """
+    predicted = predict(objective.noisy(latents, drawn), drawn.timesteps)
+    losses = (predicted.float() - objective.target(latents, drawn).float()).square().flatten(1).mean(1)
+    weights = objective.weights(drawn, min_snr)
+    return (losses if weights is None else losses * weights).mean()

@@ -11,8 +11,7 @@ import contextlib
 import json
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +23,8 @@ from torch import nn
 from fallow import assets
 from fallow.core.errors import AdapterError, ConfigError, ModelError
 from fallow.recipes import adapter_files
+from fallow.recipes.families import Ask, Family, family_named, family_of
 
-
-@dataclass(frozen=True)
-class Family:
-    """A kind of text-to-image model: its name for people, the part that is trained, and whether Fallow trains it yet.
-
-    What else differs between families (how prompts become embeddings, what the network is asked to predict) is the
-    recipe's to know; a family is `ready` when the recipe does.
-    """
-
-    title: str
-    network: str
-    ready: bool = False
-
-
-# diffusers' pipeline class -> family
-FAMILIES = {
-    "StableDiffusionPipeline": Family("Stable Diffusion 1.x/2.x", "unet", ready=True),
-    "StableDiffusionXLPipeline": Family("Stable Diffusion XL", "unet"),
-    "StableDiffusion3Pipeline": Family("Stable Diffusion 3", "transformer"),
-    "FluxPipeline": Family("FLUX", "transformer"),
-}
 # a tensor by which the single file of a family is known; the first that is in it
 CHECKPOINTS = {
     "conditioner.embedders.1.model.ln_final.weight": "StableDiffusionXLPipeline",
@@ -74,7 +53,7 @@ def chosen_device(device: str | None) -> torch.device:
 
 
 def load_pipeline(model: str, device: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
-    """A diffusers StableDiffusionPipeline in `dtype` on `device` (the best there is), ready to draw.
+    """A diffusers pipeline of a family that Fallow trains, in `dtype` on `device` (the best there is), ready to draw.
 
     `model`: `mini-sd`, a pipeline directory, a `.safetensors` checkpoint, or a hub id. Without safety checker and
     progress bars, in eval mode. Weights are read from safetensors only. Raises ModelError or ConfigError.
@@ -138,9 +117,9 @@ def _from_directory(model: str, folder: Path) -> Any:
         kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{index} cannot be read ({error}); copy the model again") from None
-    _ready(model, kind)
+    family = family_named(kind, model)
     try:
-        return _pipeline_class().from_pretrained(folder, **_how(folder), local_files_only=True)
+        return _pipeline_class(kind).from_pretrained(folder, **_how(family, folder), local_files_only=True)
     except _UNLOADABLE as error:
         raise ModelError(
             f"model {model} cannot be loaded ({_first_line(error)}); a file is missing or cut off: copy it again"
@@ -152,8 +131,8 @@ def _from_hub(model: str) -> Any:
 
     try:
         kind = DiffusionPipeline.load_config(model).get("_class_name", "")
-        _ready(model, kind)
-        return _pipeline_class().from_pretrained(model, **_how(None))
+        family = family_named(kind, model)
+        return _pipeline_class(kind).from_pretrained(model, **_how(family, None))
     except ModelError:
         raise
     except _UNLOADABLE as error:
@@ -175,9 +154,9 @@ def _from_file(file: Path) -> Any:
     if kind is None:
         first = f" (its first tensor is {min(names)})" if names else ""
         raise ModelError(f"model {file} is no checkpoint of a whole model{first}; an adapter is given as --adapter")
-    _ready(str(file), kind)
+    family = family_named(kind, str(file))
     try:
-        return _pipeline_class().from_single_file(str(file), safety_checker=None, requires_safety_checker=False)
+        return _pipeline_class(kind).from_single_file(str(file), **family.loading)
     except _UNLOADABLE as error:
         raise ModelError(
             f"model {file} cannot be loaded ({_first_line(error)}); a single file has no tokenizer and configuration, "
@@ -194,26 +173,16 @@ def _first_line(error: BaseException) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def _pipeline_class() -> Any:
-    from diffusers import StableDiffusionPipeline
+def _pipeline_class(kind: str) -> Any:
+    import diffusers
 
-    return StableDiffusionPipeline
-
-
-def _ready(model: str, kind: str) -> None:
-    """ModelError unless the pipeline class is of a family that Fallow trains."""
-    family = FAMILIES.get(kind)
-    known = ", ".join(one.title for one in FAMILIES.values() if one.ready)
-    if family is None:
-        raise ModelError(f"model {model} is a {kind or 'pipeline without a class'}; Fallow works with {known}")
-    if not family.ready:
-        raise ModelError(f"model {model} is {family.title}, which comes later; Fallow works with {known}")
+    return getattr(diffusers, kind)
 
 
-def _how(folder: Path | None) -> dict[str, Any]:
+def _how(family: Family, folder: Path | None) -> dict[str, Any]:
     """Arguments of from_pretrained; of a directory that holds half-precision files alone, those."""
-    how: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "use_safetensors": True}
-    weights = [file.name for file in (folder / "unet").glob("*.safetensors")] if folder is not None else []
+    how: dict[str, Any] = {**family.loading, "use_safetensors": True}
+    weights = [file.name for file in (folder / family.network).glob("*.safetensors")] if folder is not None else []
     if weights and all(".fp16." in name for name in weights):
         how["variant"] = "fp16"
     return how
@@ -240,8 +209,7 @@ def apply_adapters(pipeline: Any, adapters: Sequence[tuple[str | Path, float]], 
 
 def trained_part(pipeline: Any) -> nn.Module:
     """The denoising network of a pipeline."""
-    family = FAMILIES.get(type(pipeline).__name__)
-    part: nn.Module = getattr(pipeline, family.network if family else "unet")
+    part: nn.Module = family_of(pipeline).part(pipeline)
     return part
 
 
@@ -266,7 +234,8 @@ def generate(
     """
     if len(seeds) != len(prompts):
         raise ConfigError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one for each")
-    multiple = math.lcm(pipeline.vae_scale_factor, 8)  # diffusers takes no sides but multiples of 8
+    family = family_of(pipeline)
+    multiple = math.lcm(family.drawing_multiple(pipeline), 8)  # diffusers takes no sides but multiples of 8
     for name, side in (("width", width), ("height", height)):
         if side is not None and (side < multiple or side % multiple):
             below = max(multiple, side // multiple * multiple)
@@ -278,25 +247,26 @@ def generate(
         raise ConfigError(f"guidance={guidance} must be a finite number; 1 is none, 3 to 8 is usual")
     if not prompts:
         return []
-    _tell_of_long_prompts(pipeline.tokenizer, prompts)
+    _tell_of_long_prompts(family.longest_prompts(pipeline), prompts)
     noise = [torch.Generator("cpu").manual_seed(seed % 2**63) for seed in seeds]
+    ask = Ask(prompts, noise, steps, guidance, negative, width, height)
     with drawing_mode(pipeline), torch.no_grad(), quietly():
-        drawn = pipeline(
-            list(prompts), negative_prompt=None if negative is None else [negative] * len(prompts),
-            num_inference_steps=steps, guidance_scale=guidance, width=width, height=height, generator=noise,
-        )  # fmt: skip
-    images: list[Image.Image] = drawn.images
-    return images
+        drawn = family.draw(pipeline, ask)
+    return [frames[0] for frames in drawn]
 
 
-def _tell_of_long_prompts(tokenizer: Any, prompts: Sequence[str]) -> None:
-    """Warn of the first prompt that is longer than the model reads; diffusers would do so at every call and for all."""
+def _tell_of_long_prompts(readers: Iterable[tuple[Any, int]], prompts: Sequence[str]) -> None:
+    """Warn of the first prompt that is longer than the model reads; diffusers would do so at every call and for all.
+
+    Where several text encoders read it, it is too long only for all of them: what one misses another may read.
+    """
+    tokenizers = list(readers)
     for prompt in dict.fromkeys(prompts):
-        count = len(tokenizer(prompt, verbose=False).input_ids)
-        if count > tokenizer.model_max_length:
+        counts = [(len(tokenizer(prompt, verbose=False).input_ids), most) for tokenizer, most in tokenizers]
+        if all(count > most for count, most in counts):
+            count, most = counts[-1]
             warnings.warn(
-                f"the prompt '{prompt}' has {count} tokens, of which this model reads {tokenizer.model_max_length}; "
-                "the rest is ignored",
+                f"the prompt '{prompt}' has {count} tokens, of which this model reads {most}; the rest is ignored",
                 stacklevel=3,
             )
             return

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
 from PIL import Image, ImageOps
 from rich.console import Console
 from torch import nn
@@ -33,11 +32,11 @@ from fallow.core.files import atomic_write
 from fallow.recipes import run_directory
 from fallow.recipes.adapter_files import adapter_size, base_fingerprints
 from fallow.recipes.checkpoints import checkpoints, load_checkpoint, save_checkpoint
+from fallow.recipes.families import family_of
 from fallow.recipes.gallery import sheet
 from fallow.recipes.latents import Batch, CalibrationBatches, Examples, seed_of, seeded
 from fallow.recipes.methods import Order, Trained, make_method, own_rate
 from fallow.recipes.moving_average import MovingAverage
-from fallow.recipes.noise import Prediction, denoising_loss
 from fallow.recipes.pictures import Batches, Picture, Size, fit, open_picture, read_pictures
 from fallow.recipes.pipelines import chosen_device, generate, load_pipeline
 from fallow.recipes.progress import Journal, forget_peak, peak_memory
@@ -139,15 +138,15 @@ class Run:
         self.class_pictures = read_pictures(config.class_data, config.class_prompt) if config.class_data else []
         self.say(f"loading {config.model}")
         self.pipeline = load_pipeline(config.model, device=config.device)
-        self.pipeline.vae.requires_grad_(False)
-        self.pipeline.text_encoder.requires_grad_(False)
-        self.network = self.pipeline.unet
+        self.family = family_of(self.pipeline)
+        for part in (self.pipeline.vae, *self.family.encoders(self.pipeline).values()):
+            part.requires_grad_(False)
+        self.network = self.family.part(self.pipeline)
         self.base = some_fingerprints(self.network)
         if config.prediction is not None:  # the drawings must believe it too
             scheduler = self.pipeline.scheduler
             self.pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=config.prediction)
-        self.noise = DDPMScheduler.from_config(self.pipeline.scheduler.config)
-        self.prediction: Prediction = self.noise.config.prediction_type
+        self.objective = self.family.objective(self.pipeline)
         self.average: MovingAverage | None = None
 
         self.encode()
@@ -196,22 +195,23 @@ class Run:
         config = self.config
         self.say(f"encoding {len(self.pictures)} pictures")
         self.sizes = self.fitted(self.pictures)
-        self.examples = Examples(self.pipeline, self.pictures, self.sizes, flip=config.flip)
+        self.examples = self.encoded(self.pictures, self.sizes)
         self.batches = Batches(self.sizes, config.batch_size * config.accumulation, config.seed)
         self.class_examples: Examples | None = None
         if config.class_prompt is not None:
             pictures = self.class_pictures or self.draw_class_pictures(config.class_prompt)
             sizes = self.fitted(pictures)
-            self.class_examples = Examples(self.pipeline, pictures, sizes, flip=config.flip)
+            self.class_examples = self.encoded(pictures, sizes)
             seed = seed_of("class", config.seed)
             self.class_batches = Batches(sizes, config.batch_size * config.accumulation, seed)
 
+    def encoded(self, pictures: Sequence[Picture], sizes: Sequence[Size]) -> Examples:
+        return Examples(self.pipeline, pictures, sizes, flip=self.config.flip, objective=self.objective)
+
     def fitted(self, pictures: Sequence[Picture]) -> list[Size]:
         """The size that each picture is trained at: sides that the network can halve as often as it does."""
-        factor = int(self.pipeline.vae_scale_factor)
-        resolution = self.config.resolution or int(self.network.config.sample_size) * factor
-        halvings = len(self.network.config.block_out_channels) - 1
-        return fit(pictures, resolution, factor * 2**halvings, bucket=self.config.bucket)
+        resolution = self.config.resolution or self.family.side(self.pipeline)
+        return fit(pictures, resolution, self.family.multiple(self.pipeline), bucket=self.config.bucket)
 
     def draw_class_pictures(self, prompt: str) -> list[Picture]:
         """What the base model draws for the class, kept in the run directory; what is there already is used again."""
@@ -250,7 +250,7 @@ class Run:
             "lr": self.rates[0], "trained_parameters": trained.trained_parameters,
             "total_parameters": trained.total_parameters, "threshold": trained.threshold,
             "trained_where": {name: list(pair) for name, pair in trained.trained_where.items()},
-            "prompts": self.prompts(), "pictures": len(self.pictures), "prediction": self.prediction,
+            "prompts": self.prompts(), "pictures": len(self.pictures), "prediction": self.objective.prediction,
             "hardware": run_directory.hardware(self.device), "versions": run_directory.versions(),
         }  # fmt: skip
 
@@ -338,10 +338,7 @@ class Run:
         """The objective on a batch, under the chosen precision."""
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.precision)
         with torch.autocast(self.device.type, half) if half else contextlib.nullcontext():
-            return denoising_loss(
-                self.network, self.noise, batch.latents, batch.text, batch.drawn, prediction=self.prediction,
-                min_snr=self.config.min_snr,
-            )  # fmt: skip
+            return self.family.loss(self.network, batch, self.objective, min_snr=self.config.min_snr)
 
     def look(self) -> None:
         """Read the losses since the last look. TrainingError where one is no number any more."""
@@ -433,7 +430,7 @@ class Run:
     def show_examples(self) -> None:
         """samples/examples.png: pictures of the data, cut to the square of the drawings."""
         opened = [open_picture(picture.path) for picture in self.chosen_pictures()]
-        side = int(self.network.config.sample_size) * int(self.pipeline.vae_scale_factor)
+        side = self.family.side(self.pipeline)
         self.write_sheet("examples", [ImageOps.fit(picture, (side, side)) for picture in opened])
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
@@ -453,7 +450,7 @@ class Run:
         metadata = {
             "base_model": config.model, "data": config.data, "steps": self.step, "lr": self.rates[0],
             "batch_size": config.batch_size * config.accumulation, "seed": config.seed, "ema": config.ema,
-            "prediction": self.prediction,
+            "prediction": self.objective.prediction,
         }  # fmt: skip
         with self.averaged():
             self.trained.save_adapter(adapter, metadata)

@@ -1,0 +1,149 @@
+"""What a kind of text-to-image model knows of itself: its parts, its conditions, its objective, how it draws.
+
+A family is a small class without state, one for each diffusers pipeline class that differs. This base is Stable
+Diffusion 1.x and 2.x; the others override what is different. Conditions are tensors by name, the first axis being the
+captions or pictures; `predict` gets those of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fallow.core.errors import ConfigError
+from fallow.recipes import noise
+from fallow.recipes.pictures import Picture, Size
+
+Conditions = dict[str, Tensor]
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class Latents(Protocol):
+    """What the loss needs of a batch: latents (B, C, ..., h, w), their conditions, and what chance decided."""
+
+    latents: Tensor
+    conditions: Conditions
+    drawn: noise.Draw
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a drawing is asked for: prompts (with the negative one, or none), denoising steps, guidance, sides, noise.
+
+    `frames`: of a clip, where the family makes clips; None is 16.
+    """
+
+    prompts: Sequence[str]
+    generators: Sequence[torch.Generator]
+    steps: int
+    guidance: float
+    negative: str | None = None
+    width: int | None = None
+    height: int | None = None
+    frames: int | None = None
+
+    def common(self) -> dict[str, Any]:
+        """The arguments that all pipelines of diffusers share."""
+        return {
+            "negative_prompt": None if self.negative is None else [self.negative] * len(self.prompts),
+            "num_inference_steps": self.steps, "guidance_scale": self.guidance, "width": self.width,
+            "height": self.height, "generator": list(self.generators),
+        }  # fmt: skip
+
+
+class Family:
+    """Stable Diffusion 1.x/2.x, and what every family does like it."""
+
+    title = "Stable Diffusion 1.x/2.x"
+    pipelines: tuple[str, ...] = ("StableDiffusionPipeline",)  # diffusers' classes, the first for single files
+    network = "unet"  # the part that denoises, by its name in the pipeline
+    network_class = "UNet2DConditionModel"
+    text_encoders: tuple[str, ...] = ("text_encoder",)
+    tokenizers: tuple[str, ...] = ("tokenizer",)
+    lora_targets: Sequence[str] | str = ATTENTION
+    include: str | None = None  # what is trained of the network where options do not say; None: all
+    clips = False  # whether it draws clips of frames
+    loading: Mapping[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+
+    # -- parts --------------------------------------------------------------------------------------------------------
+
+    def part(self, pipeline: Any) -> Any:
+        """The denoising network."""
+        return getattr(pipeline, self.network)
+
+    def encoders(self, pipeline: Any) -> dict[str, nn.Module]:
+        """The text encoders that the pipeline has; some may be absent."""
+        found = {name: getattr(pipeline, name, None) for name in self.text_encoders}
+        return {name: part for name, part in found.items() if part is not None}
+
+    # -- sizes --------------------------------------------------------------------------------------------------------
+
+    def multiple(self, pipeline: Any) -> int:
+        """What the sides of a training picture are multiples of, in pixels: the network halves them as it goes."""
+        halvings = len(self.part(pipeline).config.block_out_channels) - 1
+        return int(pipeline.vae_scale_factor) * 2**halvings
+
+    def drawing_multiple(self, pipeline: Any) -> int:
+        """The same of a drawing, as far as the pipeline takes other sides than the network was trained at."""
+        return int(pipeline.vae_scale_factor)
+
+    def side(self, pipeline: Any) -> int:
+        """The model's own side of a square picture, in pixels."""
+        return int(self.part(pipeline).config.sample_size) * int(pipeline.vae_scale_factor)
+
+    # -- latents and conditions ---------------------------------------------------------------------------------------
+
+    def scaling(self, pipeline: Any) -> tuple[float, float]:
+        """(shift, scale): the network sees (latents - shift) * scale."""
+        config = pipeline.vae.config
+        return float(getattr(config, "shift_factor", None) or 0.0), float(config.scaling_factor)
+
+    def encode(self, pipeline: Any, captions: Sequence[str]) -> Conditions:
+        """The conditions of captions, on the pipeline's device; gradients flow where the caller lets them."""
+        embedded, _ = pipeline.encode_prompt(list(captions), self.part(pipeline).device, 1, False)
+        return {"text": embedded}
+
+    def picture_conditions(self, pipeline: Any, picture: Picture, size: Size) -> Conditions:
+        """What the network is told of a picture apart from its caption; without a batch axis."""
+        return {}
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def objective(self, pipeline: Any, prediction: str | None = None, **flow: Any) -> noise.Objective:
+        """What the network is trained to predict; `prediction` where the model's scheduler says it wrongly.
+
+        ConfigError for what is impossible with this family: `flow` are options of flow matching.
+        """
+        if flow := {name: value for name, value in flow.items() if value is not None}:
+            name = min(flow)
+            raise ConfigError(f"{name}={flow[name]} is for models of flow matching, not for {self.title}; leave it out")
+        return noise.Diffusion(pipeline.scheduler, prediction)
+
+    def predict(self, network: Any, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        """What the network says of noisy latents (B, C, ..., h, w); of the same shape."""
+        predicted: Tensor = network(noisy, timesteps, conditions["text"]).sample
+        return predicted
+
+    def loss(self, network: Any, batch: Latents, objective: noise.Objective, **how: Any) -> Tensor:
+        """The loss of a batch, a scalar in float32; `how`: arguments of `noise.denoising_loss`."""
+
+        def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
+            return self.predict(network, noisy, timesteps, batch.conditions)
+
+        return noise.denoising_loss(predict, objective, batch.latents, batch.drawn, **how)
+
+    # -- drawing ------------------------------------------------------------------------------------------------------
+
+    def draw(self, pipeline: Any, ask: Ask) -> list[list[Image.Image]]:
+        """The frames for each prompt: one, but for clips."""
+        return [[image] for image in pipeline(list(ask.prompts), **ask.common()).images]
+
+    def longest_prompts(self, pipeline: Any) -> Iterable[tuple[Any, int]]:
+        """Tokenizers of the pipeline, each with the number of tokens that is read of a prompt."""
+        tokenizer = pipeline.tokenizer
+        yield tokenizer, int(tokenizer.model_max_length)
