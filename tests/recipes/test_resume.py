@@ -138,7 +138,7 @@ def test_what_is_no_run_or_has_no_checkpoint_or_a_broken_one_is_told(settings, t
     file.write_text('{"dict": 3}')
     with pytest.raises(AdapterError, match="step-000002 is damaged"):
         train(TrainConfig(resume=run))
-    file.write_text('{"dict": [["step", 2]]}')
+    save_checkpoint(run, 2, {"step": 2}, 0)
     with pytest.raises(AdapterError, match=r"last checkpoint of .*run does not fit this run \(KeyError: 'base'\)"):
         train(TrainConfig(resume=run))
     with (run / "config.toml").open("a") as config:
@@ -200,6 +200,6 @@ def test_a_run_whose_base_has_been_exchanged_is_not_resumed(settings, tiny_sd, t
         for parameter in unet.parameters():
             parameter.add_(0.01)
     unet.save_pretrained(model / "unet")
-    with pytest.raises(ConfigError, match=r"begun on another base: 'conv_in.weight' of .* holds other values now"):
+    with pytest.raises(ConfigError, match=r"begun on another base: 'unet.conv_in.weight' of .* holds other values now"):
         train(TrainConfig(resume=tmp_path / "run"))
     assert checkpoints(tmp_path / "run")

@@ -34,6 +34,10 @@ class AdapterError(FallowError):
     """An adapter file that is broken, or belongs to another base."""
 
 
+class StorageError(FallowError):
+    """A place that has no room, or that the system does not let write to."""
+
+
 class TrainingError(FallowError):
     """A run that cannot go on, such as one whose loss is no number any more; its checkpoints are kept."""
 

@@ -1,25 +1,37 @@
 """Checkpoints of a run: nested states as one safetensors file and one JSON file; nothing is pickled.
 
     checkpoints/step-000500/state.safetensors     every tensor, named by its place in the state
-    checkpoints/step-000500/state.json            everything else, with {"tensor": name} where a tensor stands
+    checkpoints/step-000500/state.json            "state": everything else, with {"tensor": name} where a tensor stands;
+                                                  "sha256" of the other file, and of "state" itself
 
-A checkpoint appears under its name only when it is complete.
+A checkpoint appears under its name only when it is complete and on the disk, and is read only where it is still what
+was written: a single bit that has changed is noticed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shlex
-import shutil
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fallow.core.errors import AdapterError, ConfigError
-from fallow.core.files import atomic_directory, read_tensors, write_json, write_tensors
+from fallow.core.files import (
+    atomic_directory,
+    read_json,
+    read_tensors,
+    refuse_full,
+    remove_directory,
+    write_json,
+    write_tensors,
+)
 
+VERSION = 1
+STATE, WEIGHTS = "state.json", "state.safetensors"
 PLAIN = (str, int, float, bool, type(None))
 
 
@@ -61,15 +73,20 @@ def join(tensors: dict[str, Tensor], rest: Any) -> Any:
 
 
 def save_checkpoint(run: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of a step and remove all but the newest `keep` (0: keep all); returns its folder."""
+    """Write the checkpoint of a step and remove all but the newest `keep` (0: keep all); returns its folder.
+
+    StorageError where the disk has no room for it, or refuses; those that are there are kept.
+    """
     folder = run / "checkpoints" / f"step-{step:06d}"
     tensors, rest = split(state)
+    refuse_full(folder, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
     with atomic_directory(folder) as partial:
-        write_tensors(partial / "state.safetensors", tensors, {"format": "pt"})
-        write_json(partial / "state.json", rest)
+        write_tensors(partial / WEIGHTS, tensors, {"format": "pt"})
+        digests = {WEIGHTS: _of_file(partial / WEIGHTS), "state": _of_state(rest)}
+        write_json(partial / STATE, {"version": VERSION, "sha256": digests, "state": rest})
     if keep:
         for old in checkpoints(run)[:-keep]:
-            shutil.rmtree(old)
+            remove_directory(old)
     return folder
 
 
@@ -78,7 +95,7 @@ def checkpoints(run: Path) -> list[Path]:
     found = [
         (int(match[1]), folder)
         for folder in (run / "checkpoints").glob("step-*")
-        if (match := re.fullmatch(r"step-(\d+)", folder.name)) and (folder / "state.json").is_file()
+        if (match := re.fullmatch(r"step-(\d+)", folder.name)) and (folder / STATE).is_file()
     ]
     return [folder for _, folder in sorted(found)]
 
@@ -94,10 +111,32 @@ def load_checkpoint(run: Path) -> dict[str, Any]:
     newest = found[-1]
     advice = f"delete {newest} to go on from the one before" if len(found) > 1 else "train anew"
     try:
-        tensors, _ = read_tensors(newest / "state.safetensors")
-        state = join(tensors, json.loads((newest / "state.json").read_text(encoding="utf-8")))
-    except (AdapterError, OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"the checkpoint {newest} is damaged ({error}); {advice}") from None
+        state = _checked(newest)
+    except (AdapterError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        said = f"{type(error).__name__}: {error}" if isinstance(error, KeyError | TypeError) else str(error)
+        raise AdapterError(f"the checkpoint {newest} is damaged ({said}); {advice}") from None
     if not isinstance(state, dict):
         raise AdapterError(f"the checkpoint {newest} holds no state of a run; {advice}")
     return state
+
+
+def _checked(folder: Path) -> Any:
+    """The state in a checkpoint's folder, if it is what was written."""
+    told = read_json(folder / STATE)
+    if not isinstance(told, dict) or told.get("version") != VERSION:
+        raise ValueError(f"{STATE} is of no version that this Fallow reads, which is {VERSION}")
+    if _of_state(told["state"]) != told["sha256"]["state"]:
+        raise ValueError(f"{STATE} is not what was written")
+    if _of_file(folder / WEIGHTS) != told["sha256"][WEIGHTS]:
+        raise ValueError(f"{WEIGHTS} is not what was written")
+    tensors, _ = read_tensors(folder / WEIGHTS)
+    return join(tensors, told["state"])
+
+
+def _of_file(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _of_state(rest: Any) -> str:
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
+import itertools
 import os
 import platform
 import shlex
 import shutil
+import sys
 import tempfile
 import tomllib
 from collections.abc import Iterator
@@ -19,34 +20,83 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
-from fallow.core.errors import ConfigError
-from fallow.core.files import write_json
+from fallow.core.errors import ConfigError, StorageError
+from fallow.core.files import atomic_write, not_written, read_json, sweep, write_json
+from fallow.recipes.settings import to_toml
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+LOCK = ".lock"  # held by the process that writes into a directory, and gone when it ends well
 
 
-def free_name(method: str, data: str) -> Path:
-    """`runs/<method>-<data>-<n>` with the first n from 1 that is not there yet."""
+def new_folder(method: str, data: str) -> Path:
+    """Make `runs/<method>-<data>-<n>` with the first n from 1 that is not there yet, whoever else is making one."""
     name = f"{method}-{Path(data).expanduser().absolute().name or 'pictures'}"
-    number = 1
-    while (Path("runs") / f"{name}-{number}").exists():
-        number += 1
-    return Path("runs") / f"{name}-{number}"
+    make(Path("runs"))
+    for number in itertools.count(1):
+        with contextlib.suppress(FileExistsError):
+            (folder := Path("runs") / f"{name}-{number}").mkdir()
+            break
+    return folder
 
 
-def claim(folder: Path) -> bool:
-    """Make the directory of a new run; tells whether it was there already.
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Within the block no other process that asks for it writes into the directory. ConfigError where one does.
 
-    ConfigError where something is in it, or it cannot be written.
+    The system takes the lock from a process that is killed, so none is left that has to be removed by hand.
     """
-    with refusing(folder):
-        there = folder.is_dir()
-        if there and any(folder.iterdir()):
+    file = folder / LOCK
+    handle = _locked(file)
+    try:
+        os.truncate(handle, 0)
+        os.write(handle, f"{os.getpid()} on {platform.node()}\n".encode())
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the directory may be gone, as that of a run that never began
+            file.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _locked(file: Path) -> int:
+    """A handle that holds the lock."""
+    while True:
+        try:
+            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise StorageError(not_written(file.parent, error.strerror or str(error))) from None
+        try:
+            if sys.platform == "win32":
+                msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            with contextlib.suppress(OSError):
+                owner = os.read(handle, 200).decode(errors="replace").strip()
+            os.close(handle)
+            whose = f" (process {owner})" if owner else ""
             raise ConfigError(
-                f"output {folder} is not empty; give another one, or go on with it: fallow train --resume "
-                f"{shlex.quote(str(folder))}"
-            )
-    make(folder)
-    return there
+                f"{file.parent} is being written by another run{whose}; wait for its end, or give another output"
+            ) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), file.stat()):
+                return handle
+        os.close(handle)  # its former owner has just removed it
+
+
+def claim(folder: Path) -> None:
+    """Take an empty directory for a new run; call it within `alone`. ConfigError where something is in it."""
+    sweep(folder, alone=True)
+    if {place.name for place in folder.iterdir()} - {LOCK}:
+        raise ConfigError(
+            f"output {folder} is not empty; give another one, or go on with it: fallow train --resume "
+            f"{shlex.quote(str(folder))}"
+        )
 
 
 def make(folder: Path) -> None:
@@ -101,6 +151,17 @@ def settings_of(run: Path) -> dict[str, Any]:
         raise ConfigError(f"{run / 'config.toml'} cannot be read ({error}); train anew") from None
 
 
+def write_settings(folder: Path, config: BaseModel) -> None:
+    """config.toml, which makes the same run again."""
+    with atomic_write(folder / "config.toml") as partial:
+        partial.write_text(to_toml(config, exclude={"output", "resume"}), encoding="utf-8")
+
+
+def began(folder: Path) -> bool:
+    """Whether a run without a checkpoint is one that can begin anew in its place: it was killed, and told no end."""
+    return read_info(folder).get("status") in (None, "running")
+
+
 def write_info(folder: Path, info: dict[str, Any], **more: Any) -> None:
     """Add to what is known of the run, and write run.json."""
     info.update(more)
@@ -110,7 +171,7 @@ def write_info(folder: Path, info: dict[str, Any], **more: Any) -> None:
 def read_info(folder: Path) -> dict[str, Any]:
     """run.json, or nothing where it is missing or broken: all of it is known again when the run ends."""
     try:
-        found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        found = read_json(folder / "run.json")
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

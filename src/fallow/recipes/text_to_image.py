@@ -27,10 +27,10 @@ from rich.console import Console
 from torch import nn
 
 from fallow import assets
-from fallow.core.errors import AdapterError, ConfigError, FallowError, TrainingError
-from fallow.core.files import atomic_write
+from fallow.core.errors import AdapterError, ConfigError, FallowError, StorageError, TrainingError
+from fallow.core.files import atomic_write, mark, sweep
 from fallow.recipes import run_directory
-from fallow.recipes.adapter_files import adapter_size, base_fingerprints
+from fallow.recipes.adapter_files import adapter_size
 from fallow.recipes.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from fallow.recipes.families import family_of
 from fallow.recipes.gallery import sheet
@@ -40,7 +40,7 @@ from fallow.recipes.moving_average import MovingAverage
 from fallow.recipes.pictures import Batches, Picture, Size, fit, open_picture, read_pictures
 from fallow.recipes.pipelines import chosen_device, generate, load_pipeline
 from fallow.recipes.progress import Journal, forget_peak, peak_memory
-from fallow.recipes.settings import differences, make_config, to_toml
+from fallow.recipes.settings import differences, make_config
 from fallow.recipes.train_config import FREE, TrainConfig
 from fallow.report.run import write_run_report
 
@@ -78,31 +78,53 @@ def train(
     resumed = config.resume is not None
     if resumed:
         config, folder = resumed_config(config)
+        there = True
     else:
-        folder = config.output or run_directory.free_name(config.method, config.data)
-        there = run_directory.claim(folder)
+        there = config.output is not None and config.output.is_dir()
+        folder = config.output or run_directory.new_folder(config.method, config.data)
+        run_directory.make(folder)
+    with run_directory.alone(folder):
+        run = begin(config, folder, console, resumed, there)
+        return carry_out(run, resumed, command, after_step)
+
+
+def begin(config: TrainConfig, folder: Path, console: Console, resumed: bool, there: bool) -> Run:
+    """The run up to its first step; a new one that fails leaves nothing, and no directory that was not `there`."""
+    if resumed:
+        sweep(folder, deep=True, alone=True)  # what a killed process was writing
+        anew = not checkpoints(folder) and run_directory.began(folder)
+        return Run(config, folder, None if anew else load_checkpoint(folder), console)
+    run_directory.claim(folder)
     try:
-        state = load_checkpoint(folder) if resumed else None
-        run = Run(config, folder, state, console)
+        run_directory.write_settings(folder, config)  # first of all, so that a run that is killed can be resumed
+        return Run(config, folder, None, console)
     except BaseException:
-        if not resumed:  # nothing is trained yet: leave no half-made run in the way of the next try
-            run_directory.clear(folder)
-            if not there:
+        run_directory.clear(folder)
+        if not there:
+            with contextlib.suppress(OSError):  # another run has taken it
                 folder.rmdir()
         raise
+
+
+def carry_out(run: Run, resumed: bool, command: str | None, after_step: Callable[[int], None] | None) -> Outcome:
+    """The steps and the end; whatever stops them stands in run.json and on the page."""
+    folder = run.folder
     run.note_command(command or shlex.join(["fallow", "train", "--config", str(folder / "config.toml")]), resumed)
     with interrupts() as interrupted:
         try:
             run.walk(interrupted, after_step)
             return run.finish()
         except KeyboardInterrupt:
-            run.end("stopped", "interrupted from the keyboard")
+            with contextlib.suppress(OSError, StorageError):  # a full disk must not hide why the run stopped
+                run.end("stopped", "interrupted from the keyboard")
             raise
         except Exception as error:  # whatever it was, the page should say so; it is raised again
-            run.end("failed", f"{type(error).__name__}: {error}")
+            with contextlib.suppress(OSError, StorageError):
+                run.end("failed", f"{type(error).__name__}: {error}")
             raise
         finally:
-            run.journal.close()
+            with contextlib.suppress(OSError):
+                run.journal.close()
 
 
 def resumed_config(config: TrainConfig) -> tuple[TrainConfig, Path]:
@@ -142,7 +164,7 @@ class Run:
         for part in (self.pipeline.vae, *self.family.encoders(self.pipeline).values()):
             part.requires_grad_(False)
         self.network = self.family.part(self.pipeline)
-        self.base = some_fingerprints(self.network)
+        self.base = weight_marks(self.pipeline)
         if config.prediction is not None:  # the drawings must believe it too
             scheduler = self.pipeline.scheduler
             self.pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=config.prediction)
@@ -162,18 +184,9 @@ class Run:
         if config.ema:
             self.average = MovingAverage(self.trained, config.ema_decay)
         if state is not None:
-            try:
-                self.load_state_dict(state)
-            except FallowError:
-                raise
-            except (KeyError, TypeError, ValueError, RuntimeError) as error:  # parts are missing, or of other shapes
-                raise AdapterError(
-                    f"the last checkpoint of {folder} does not fit this run ({type(error).__name__}: {error}); was the "
-                    "base model replaced, or Fallow updated? Train anew"
-                ) from error
+            self.go_on_from(state)
 
-        with atomic_write(folder / "config.toml") as partial:
-            partial.write_text(to_toml(config, exclude={"output", "resume"}), encoding="utf-8")
+        run_directory.write_settings(folder, config)
         self.info = run_directory.read_info(folder) | self.described()
         run_directory.write_info(folder, self.info, status="running", error=None)
         self.journal = Journal(folder, config.steps, self.step, self.device, console)
@@ -379,13 +392,29 @@ class Run:
             "class_batches": None if self.class_examples is None else self.class_batches.state_dict(),
         }
 
+    def go_on_from(self, state: dict[str, Any]) -> None:
+        """`load_state_dict`; AdapterError where the checkpoint is not one of this run."""
+        try:
+            self.load_state_dict(state)
+        except FallowError:
+            raise
+        # Parts are missing, or of other kinds and shapes than this run's.
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
+            raise AdapterError(
+                f"the last checkpoint of {self.folder} does not fit this run ({type(error).__name__}: {error}); was "
+                "the base model replaced, or Fallow updated? Train anew"
+            ) from error
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint. ConfigError on another base, or where it is beyond the steps asked for."""
-        if changed := [name for name, known in state["base"].items() if self.base.get(name) != known]:
+        saved = dict(state["base"])
+        if changed := [name for name in {**self.base, **saved} if self.base.get(name) != saved.get(name)]:
             raise ConfigError(
                 f"the run was begun on another base: '{changed[0]}' of {self.config.model} holds other values now; put "
                 "the base back that it was begun on, or start a new run"
             )
+        if not isinstance(state["step"], int) or state["step"] < 0 or state["batches"]["step"] != state["step"]:
+            raise ValueError(f"it is of step {state['step']} and its batches are at {state['batches']['step']}")
         if state["step"] > self.config.steps:
             raise ConfigError(
                 f"steps={self.config.steps} lies behind the {state['step']} steps already made; give more"
@@ -474,10 +503,12 @@ class Run:
         return write_run_report(self.folder)
 
 
-def some_fingerprints(network: nn.Module) -> dict[str, str]:
-    """Fingerprints of some ten weights spread over the network: by these a resumed run knows its base, in no time."""
-    names = [name for name, _ in network.named_parameters()]
-    return base_fingerprints(network, names[:: max(1, len(names) // 7)])
+def weight_marks(pipeline: Any) -> dict[str, str]:
+    """The marks of every weight of every part of a pipeline: by these a resumed run knows its base."""
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    return {
+        f"{part}.{name}": mark(weight) for part, module in parts.items() for name, weight in module.named_parameters()
+    }
 
 
 def training_folder(data: str) -> Path:
