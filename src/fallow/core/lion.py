@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fallow.core.errors import ConfigError
 
@@ -42,10 +41,10 @@ class Lion(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params: list[Tensor] = [param for param in group["params"] if param.grad is not None and param.numel()]
-            if not params:
+            moving = [(param, param.grad) for param in group["params"] if param.grad is not None and param.numel()]
+            if not moving:
                 continue
-            grads = [param.grad for param in params]
+            params, grads = [param for param, _ in moving], [grad for _, grad in moving]
             for param in params:
                 if "exp_avg" not in self.state[param]:
                     self.state[param]["exp_avg"] = torch.zeros_like(param)

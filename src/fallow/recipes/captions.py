@@ -6,12 +6,12 @@
     prefix     stands before all of that, suffix behind it
 
 Names and meaning are those of kohya's sd-scripts, except that prefix and suffix are put on after shuffling, so that
-they stay where they are. All chance comes from one `random.Random`, which the caller seeds.
+they stay where they are. All chance comes from one `chances.Random`, which the caller seeds.
 """
 
 from __future__ import annotations
 
-import random
+import random as chances
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class CaptionRules:
         """Whether captions differ from use to use."""
         return self.shuffle or self.tag_dropout > 0 or self.wildcards
 
-    def drawn(self, caption: str, chance: random.Random) -> str:
+    def drawn(self, caption: str, chance: chances.Random) -> str:
         """The caption for one use of its picture."""
         text = self._worded(caption, chance.choice)
         if self.shuffle or self.tag_dropout > 0:

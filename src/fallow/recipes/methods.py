@@ -14,7 +14,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, get_type_hints
 
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from fallow.core.errors import ConfigError, SelectionError, nearest
 from fallow.core.select import Amount
 from fallow.recipes.adapter_files import base_fingerprints, check_peft, save_full, save_peft
+from fallow.recipes.optimizers import ADAMW as ADAMW_ALONE
+from fallow.recipes.optimizers import Rule
 from fallow.selection.largest import Largest
 from fallow.selection.lt_sft import LTSFT
 from fallow.selection.random import Random
@@ -56,7 +58,7 @@ class Order:
     """What a method is made from.
 
     `batches` is walked, more than once if need be, by the methods that look at data before they choose; `loss(network,
-    batch)` is the recipe's. `lr` None: the method's own.
+    batch)` is the recipe's. `lr` None: the method's own. `rule`: the optimizer.
     """
 
     network: nn.Module
@@ -66,6 +68,7 @@ class Order:
     seed: int
     batches: Iterable[Any]
     loss: Callable[[nn.Module, Any], Tensor]
+    rule: Rule = field(default_factory=Rule)
 
 
 class Trained(Protocol):
@@ -112,26 +115,12 @@ class SelectiveTraining:
     def trainable(self) -> list[nn.Parameter]:
         return self.optimizer.trainable()
 
-    @torch.no_grad()
     def masters(self) -> dict[str, Tensor]:
         """(n,) of every entry chosen at first, those that a re-selection has put to rest included."""
-        found = {}
-        for name, slot in self.optimizer.slots.items():
-            master = slot.proxy.detach()
-            if slot.live is not None:
-                rest = slot.read().to(slot.precision)
-                if slot.form == "delta":
-                    rest -= slot.base.to(slot.precision)
-                master = rest.index_copy_(0, slot.live.long(), master)
-            found[name] = master
-        return found
+        return self.optimizer.masters()
 
-    @torch.no_grad()
     def put(self, values: dict[str, Tensor]) -> None:
-        for name, slot in self.optimizer.slots.items():
-            master = values[name]
-            slot.write(master if slot.form == "value" else slot.base.to(slot.precision) + master)
-            slot.proxy.copy_(master if slot.live is None else master.index_select(0, slot.live))
+        self.optimizer.put(values)
 
     def save_adapter(self, folder: Path, metadata: Mapping[str, Any]) -> None:
         self.optimizer.save(folder, self.store, **metadata)  # type: ignore[arg-type]
@@ -144,7 +133,7 @@ class SelectiveTraining:
 
 
 class DenseTraining:
-    """Whole tensors: those of the network that require a gradient, under AdamW."""
+    """Whole tensors: those of the network that require a gradient, under AdamW or another rule."""
 
     threshold = None
 
@@ -153,6 +142,7 @@ class DenseTraining:
         network: nn.Module,
         lr: float,
         adamw: Mapping[str, Any],
+        rule: Rule,
         total_parameters: int,
         save: Callable[[nn.Module, Path, dict[str, Any]], Any],
         metadata: Mapping[str, Any],
@@ -166,11 +156,11 @@ class DenseTraining:
             for name, p in network.named_parameters()
         }
         self.events: list[dict[str, Any]] = []
-        fused = next(iter(self.parameters.values())).device.type in ("cpu", "cuda", "xpu", "mps")
-        try:
-            self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=lr, fused=fused or None, **adamw)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"AdamW refuses its options: {error}") from error
+        if rule.name == "adamw":
+            rule = dataclasses.replace(rule, options={"betas": adamw["betas"], "eps": adamw["eps"]})
+        names = [_plain_name(name) for name in self.parameters]
+        group = {"params": list(self.parameters.values()), "names": names, "lr": lr}
+        self.optimizer = rule([{**group, "weight_decay": adamw["weight_decay"]}])
 
     def trainable(self) -> list[nn.Parameter]:
         return list(self.parameters.values())
@@ -212,6 +202,9 @@ def _selective(cls: type[Selective], **own: Any) -> Callable[[Order], Trained]:
             raise ConfigError(f"store={store!r} must be 'delta' (scales and merges) or 'value' (bit-exact)")
         if order.lr is not None:
             options["lr"] = order.lr
+        if not order.rule.plain:
+            told = {name: options.pop(name) for name in ADAMW_ALONE if name in options}
+            options["rule"] = dataclasses.replace(order.rule, options={**told, **order.rule.options})
         for name, value in own.items():
             if name not in options:
                 options[name] = value(order)
@@ -274,7 +267,7 @@ def _with_peft(order: Order, method: str, kind: str, options: dict[str, Any]) ->
     """Any tuner of PEFT, put into the network in place; its own tensors are trained and nothing else."""
     from peft import inject_adapter_in_model
 
-    adamw = _adamw(options)
+    adamw = _adamw(options, order.rule)
     cls = _config_class(kind)
     if "target_modules" in _fields_of(cls):
         options.setdefault("target_modules", LORA_TARGETS)
@@ -295,25 +288,26 @@ def _with_peft(order: Order, method: str, kind: str, options: dict[str, Any]) ->
         raise ConfigError(f"{method} ({kind}) trains nothing in this network; give other target_modules")
     lr = METHODS[method].lr if order.lr is None else order.lr
     assert lr is not None
-    return DenseTraining(order.network, lr, adamw, total, save_peft, {"method": method})
+    return DenseTraining(order.network, lr, adamw, order.rule, total, save_peft, {"method": method})
 
 
 def _full(order: Order) -> Trained:
     lr = METHODS["full"].lr if order.lr is None else order.lr
     assert lr is not None
     order.network.requires_grad_(True)
-    adamw = _adamw(dict(order.options))
+    adamw = _adamw(dict(order.options), order.rule)
     prints = base_fingerprints(order.network)  # now, while the weights are the base's
 
     def save(network: nn.Module, folder: Path, metadata: dict[str, Any]) -> Path:
         return save_full(network, folder, prints, metadata)
 
-    return DenseTraining(order.network, lr, adamw, _count(order.network), save, {"method": "full"})
+    return DenseTraining(order.network, lr, adamw, order.rule, _count(order.network), save, {"method": "full"})
 
 
-def _adamw(options: dict[str, Any]) -> dict[str, Any]:
-    """Take AdamW's own arguments out of the options."""
-    taken = {name: options.pop(name, default) for name, default in ADAMW.items()}
+def _adamw(options: dict[str, Any], rule: Rule) -> dict[str, Any]:
+    """Take AdamW's own arguments out of the options; of other rules only the weight decay, 0 if not given."""
+    defaults = ADAMW if rule.name == "adamw" else {**ADAMW, "weight_decay": 0.0}
+    taken = {name: options.pop(name, default) for name, default in defaults.items()}
     for name, value in taken.items():
         _check_plain(name, value, tuple[float, float] if name == "betas" else float)
     return {**taken, "betas": tuple(taken["betas"])}

@@ -56,7 +56,8 @@ class Selective(torch.optim.Optimizer):
     `include`, `exclude`: regular expressions on parameter names; `keep`: further condition on a Target.
     `lr`: a number, or a function of the Selection. `betas`, `eps`, `weight_decay`: AdamW's, on the chosen entries only
     (in the form "value" decay pulls them towards 0, in the form "delta" towards their first values).
-    `rule`: another torch optimizer over the proxies, e.g. `lambda groups: torch.optim.SGD(groups, momentum=0.9)`.
+    `rule`: another torch optimizer over the proxies, e.g. `lambda groups: torch.optim.SGD(groups, momentum=0.9)`; the
+    one group that it gets has `names` beside `params`, by which it may make several, of other rates.
     `penalty`: a term added to the gradients after clipping. `reselect_at`: steps, or shares of `total_steps`, after
     which only entries still under the threshold stay in training; moments are kept unless `reset_state`.
     `metadata`: what else the adapter's file says, e.g. the method's name; plain JSON values.
@@ -429,7 +430,13 @@ class Selective(torch.optim.Optimizer):
                     f"betas={options['betas']} and eps={options['eps']} are AdamW's and would be ignored; give them to "
                     "the rule, e.g. rule=lambda groups: torch.optim.Adam(groups, betas=(0.9, 0.99))"
                 )
-            return rule([{"params": proxies, "lr": options["lr"], "weight_decay": options["weight_decay"]}])
+            group = {"params": proxies, "lr": options["lr"], "weight_decay": options["weight_decay"]}
+            made = rule([{**group, "names": list(self._grouped)}])
+            named = {id(proxy): name for proxy, name in zip(proxies, self._grouped, strict=True)}
+            self._grouped = [named[id(param)] for own in made.param_groups for param in own["params"]]
+            for own in made.param_groups:
+                own.pop("names", None)
+            return made
         fused = all(proxy.device.type in ("cpu", "cuda", "xpu", "mps") for proxy in proxies)
         try:  # one fused kernel over all proxies where the device has it, else torch's own choice
             return torch.optim.AdamW(proxies, **options, fused=fused or None)
