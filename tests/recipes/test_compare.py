@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from fallow.core.errors import ConfigError, FallowError
 from fallow.recipes import compare as module
@@ -136,16 +137,73 @@ def test_a_budget_leaves_full_alone_and_excludes_amounts_of_the_options(settings
         equal_parameters("lora", settings(budget=4000, options={"lora": {"target_modules": "to_z"}}))
 
 
+def test_a_variant_is_a_contestant_with_options_and_rates_of_its_own(settings):
+    config = settings(
+        methods=["sara"], variants={"plain": "sara"}, lrs={"sara": [1e-3], "plain": [2e-3]},
+        options={"plain": {"fraction": 0.01}},
+    )  # fmt: skip
+    folder = compare(config)
+    sara, plain = result(folder)["methods"]
+    assert [sara["label"], plain["label"]] == ["sara", "plain"]
+    assert plain["runs"][0]["lr"] == 2e-3
+    assert plain["trained_parameters"] == pytest.approx(sara["trained_parameters"] / 5, rel=0.01)
+    info = json.loads((folder / plain["runs"][0]["folder"] / "run.json").read_text())
+    assert info["method"] == "sara"
+    assert "plain" in (folder / "comparison.html").read_text()
+
+
+def test_keys_of_flags_reach_methods_whose_names_have_a_hyphen(settings):
+    assert settings(methods=["lt-sft"], lrs={"lt_sft": [1e-3]}).lrs == {"lt-sft": [1e-3]}
+
+
+def test_a_comparison_over_ray_is_the_one_of_a_single_process(settings, tmp_path):
+    pytest.importorskip("ray")
+    some = {"methods": ["sara"], "variants": {"broken": "lora"}, "options": {"broken": {"rank": 0}}}
+    some["lrs"] = {"sara": [1e-3, 2e-3], "broken": [1e-3]}
+    # The workers are processes of their own, which judge with the shipped net: only what was trained is the same.
+    over_ray = compare(settings(**some, output=tmp_path / "ray", ray="local"))
+    told = result(over_ray)
+    assert [method["failed"] for method in told["methods"]] == [0, 1]
+    assert "PEFT refuses" in told["methods"][1]["sweep"][0]["error"]
+    alone = compare(settings(**some, output=tmp_path / "alone"))
+    for run in told["methods"][0]["sweep"]:
+        assert run["frechet"] > 0
+        one, other = (load_file(folder / run["folder"] / "adapter" / "adapter_model.safetensors")
+                      for folder in (over_ray, alone))  # fmt: skip
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_comparison_over_ray_repeats_nothing_that_is_finished(settings, monkeypatch):
+    pytest.importorskip("ray")
+    from fallow.recipes import ray_cluster
+
+    jobs = []
+    monkeypatch.setattr(ray_cluster, "spread", lambda address, todo, cpus: iter(jobs.append(list(todo)) or []))
+    config = settings(methods=["sara"], lrs={"sara": [1e-3, 2e-3]})
+    compare(config)
+    compare(config.model_copy(update={"ray": "local", "lrs": {"sara": [1e-3, 2e-3, 4e-3]}}))
+    assert [[job[0].lr for job in some] for some in jobs] == [[4e-3], []]
+
+
+def test_an_unreachable_cluster_is_told_in_one_line(settings):
+    pytest.importorskip("ray")
+    with pytest.raises(ConfigError, match=r"ray=127\.0\.0\.1:1 cannot be reached"):
+        compare(settings(methods=["lora"], lrs={"lora": [1e-3]}, ray="127.0.0.1:1"))
+
+
 def test_what_cannot_be_compared_is_told_before_the_first_run(settings, monkeypatch):
     monkeypatch.setattr(module, "train", lambda *a, **k: pytest.fail("something was trained"))
     for more, said in (
         ({"methods": ["sara", "sara"]}, "twice"),
         ({"methods": ["sara", "loar"]}, r"'loar' does not exist \(did you mean 'lora'\?\)"),
         ({"lrs": {"full": [1e-3]}}, "not among methods"),
+        ({"variants": {"lora": "sara"}}, "names one 'lora', which is a method"),
+        ({"variants": {"plain": "sraa"}}, r"'sraa' of plain does not exist \(did you mean 'sara'\?\)"),
         ({"train": {"stpes": 3}}, r"there is no setting 'stpes' \(did you mean 'steps'\?\)"),
         ({"options": {"sara": {"fractoin": 0.1}}}, "did you mean 'fraction'"),
     ):
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ValueError, match=said):  # pydantic wraps what the configuration itself finds
             compare(settings(**more))
 
 

@@ -6,6 +6,12 @@ For each method: train at every rate of its sweep on the first seed, judge, choo
 train the chosen rate on the other seeds. A finished run is never repeated: it is found again by the settings that it
 was made with, so a comparison that was stopped, or that is given more seeds, goes on where it stands. A run that fails
 is reported and left out; the others go on.
+
+A variant is a method under another name and with other options, such as an ablation of it:
+
+    compare(CompareConfig(methods=["sara"], variants={"plain": "sara"}, options={"plain": {"rank_weight": 0.0}}))
+
+With `ray` the runs are spread over a Ray cluster (`fallow.recipes.ray_cluster`), with the same result.
 """
 
 from __future__ import annotations
@@ -15,12 +21,13 @@ import json
 import math
 import shutil
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 
 from fallow.analysis.images import vlhi
@@ -45,6 +52,9 @@ class CompareConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     methods: list[str] = Field(["sara", "lora", "full"], min_length=1, description="Methods to compare.")
+    variants: dict[str, str] = Field(
+        default_factory=dict, description="Further contestants: NAME=METHOD, with options and rates under that name."
+    )
     model: str = Field("mini-sd", description="Base model: mini-sd, a folder, or a hub id.")
     data: str = Field("blueprint", description="Shipped style set, or a folder with train/ and test/ pictures.")
     prompt: str | None = Field(None, description="Caption of the pictures that have none of their own.")
@@ -70,6 +80,47 @@ class CompareConfig(BaseModel):
     vision: str | None = Field(None, description="Weights of a vision model for the Frechet distance.")
     clip: str | None = Field(None, description="A CLIP folder for the text alignment.")
     device: str | None = Field(None, description="cpu, cuda, ...; the best there is when not given.")
+    ray: str | None = Field(
+        None, description="Spread the runs over Ray: local (the cores of this machine), auto, or a cluster's address."
+    )
+    ray_cpus: float = Field(1.0, gt=0, description="Cores that Ray reserves for each run.")
+
+    @model_validator(mode="after")
+    def check_together(self) -> CompareConfig:
+        """Every contestant exists, once; rates and options belong to one. Variants join `methods`."""
+        for name, method in self.variants.items():
+            if name in METHODS:
+                raise ConfigError(f"variants names one '{name}', which is a method; give it another name")
+            if method not in METHODS:
+                raise ConfigError(f"variants: the method '{method}' of {name} does not exist{nearest(method, METHODS)}")
+        self.methods = [*self.methods, *(name for name in self.variants if name not in self.methods)]
+        for what, values in (("methods", self.methods), ("seeds", self.seeds)):
+            if len({*values}) < len(values):
+                raise ConfigError(f"{what}={values} names one of them twice; name each once")
+        # A flag `--lrs lt-sft=1e-3` arrives as lt_sft, as all keys of flags do.
+        self.lrs, self.options = self._keyed(self.lrs), self._keyed(self.options)
+        if strange := sorted({*self.lrs, *self.options} - {*self.methods}):
+            raise ConfigError(f"lrs or options are given for {', '.join(strange)}, not among methods={self.methods}")
+        return self
+
+    def _keyed(self, values: dict[str, Any]) -> dict[str, Any]:
+        spelled = {name.replace("-", "_"): name for name in self.methods}
+        return {spelled.get(name, name): value for name, value in values.items()}
+
+    def method_of(self, name: str) -> str:
+        """The method behind a contestant. ConfigError where there is none."""
+        method = self.variants.get(name, name)
+        if method not in METHODS:
+            raise ConfigError(f"methods={self.methods}: '{name}' does not exist{nearest(name, METHODS)}")
+        return method
+
+    def judging(self) -> dict[str, Any]:
+        """The arguments of the Evaluation that judges the runs."""
+        return {
+            "model": self.model, "data": self.data, "prompt": self.prompt, "images": self.images,
+            "prior_images": self.prior_images, "repeats": self.repeats, "steps": self.sample_steps,
+            "guidance": self.guidance, "vision": self.vision, "clip": self.clip, "device": self.device,
+        }  # fmt: skip
 
 
 class Attempt:
@@ -124,9 +175,9 @@ class Comparison:
         resolved = make_config(
             TrainConfig,
             {
-                "model": config.model, "data": config.data, "prompt": config.prompt, "method": method,
-                "options": options, "lr": lr, "seed": seed, "steps": config.steps, "batch_size": config.batch_size,
-                "device": config.device,
+                "model": config.model, "data": config.data, "prompt": config.prompt, "options": options,
+                "method": config.method_of(method), "lr": lr, "seed": seed, "steps": config.steps,
+                "batch_size": config.batch_size, "device": config.device,
                 "sample_every": 0, "save_every": 0, **config.train,
             },
         )  # fmt: skip
@@ -135,50 +186,41 @@ class Comparison:
         folder = self.folder / "runs" / f"{method}-lr{lr:g}-seed{seed}-{key}"
         return Attempt(method, lr, seed, resolved.model_copy(update={"output": folder}), folder)
 
-    def carry_out(self, attempt: Attempt) -> None:
-        """Train and judge, unless that is done already; an error is kept as the attempt's result."""
-        if attempt.status != "not run yet":
-            return
-        number = 1 + sum(other.status != "not run yet" for other in self.attempts.values())
-        self.console.rule(
-            f"run {number} of {self.planned}: {attempt.method}, lr {attempt.lr:g}, seed {attempt.seed}", align="left"
-        )
-        try:
-            attempt.info = _read(attempt.folder / "run.json")
-            if attempt.info.get("status") != "finished":
-                if attempt.folder.exists():  # left by a run that was stopped or failed
-                    shutil.rmtree(attempt.folder)
-                train(attempt.config, console=self.console)
-                attempt.info = _read(attempt.folder / "run.json")
-            attempt.figures = self.judged(attempt.folder / "evaluation", [(attempt.folder / "adapter", 1.0)])
-            write_run_report(attempt.folder)
-        except Exception as error:  # whatever goes wrong with one method, the others are still worth comparing
-            attempt.error = f"{type(error).__name__}: {error}".strip()
-            self.console.print(f"failed: {attempt.error}", style="red", markup=False)
-        self.write()
+    def carry_out(self, attempts: Iterable[Attempt]) -> None:
+        """Train and judge those that are not done already; an error is kept as the attempt's result."""
+        asked, open_ones = self.config.judging(), []
+        for attempt in attempts:
+            if attempt.status == "not run yet":
+                if answered(attempt.folder, asked):
+                    self.collect(attempt, None)
+                else:
+                    open_ones.append(attempt)
+        if self.config.ray is not None:
+            from fallow.recipes.ray_cluster import spread
 
-    def judged(self, folder: Path, adapters: Sequence[tuple[Path, float]]) -> dict[str, Any]:
-        """The figures in `folder` where they answer the same question, else new ones."""
-        names = (
-            "model",
-            "data",
-            "prompt",
-            "images",
-            "prior_images",
-            "repeats",
-            "sample_steps",
-            "guidance",
-            "vision",
-            "clip",
-        )
-        asked = {name: getattr(self.config, name) for name in names}
-        found = _read(folder / "evaluation.json")
-        if found.get("asked") == asked:
-            return found
-        measured = self.evaluation.measure(adapters)
-        measured.figures["asked"] = asked
-        measured.save(folder, pictures=COLUMNS)
-        return measured.figures
+            jobs = [(attempt.config, asked) for attempt in open_ones]
+            for at, error in spread(self.config.ray, jobs, self.config.ray_cpus):
+                self.tell(open_ones[at], "finished" if error is None else "ended")
+                self.collect(open_ones[at], error)
+            return
+        for attempt in open_ones:
+            self.tell(attempt, "begins")
+            self.collect(attempt, attempted(attempt.config, self.evaluation, asked, self.console))
+
+    def tell(self, attempt: Attempt, what: str) -> None:
+        number = 1 + sum(other.status != "not run yet" for other in self.attempts.values())
+        named = f"{attempt.method}, lr {attempt.lr:g}, seed {attempt.seed}"
+        verb = "" if what == "begins" else f" {what}"
+        self.console.rule(f"run {number} of {self.planned}{verb}: {named}", align="left")
+
+    def collect(self, attempt: Attempt, error: str | None) -> None:
+        """Read what came of an attempt, and put it on disk and on the page."""
+        attempt.info, attempt.error = _read(attempt.folder / "run.json"), error
+        if error is None:
+            attempt.figures = _read(attempt.folder / "evaluation" / "evaluation.json")
+        else:
+            self.console.print(f"failed: {error}", style="red", markup=False)
+        self.write()
 
     def choose_rates(self) -> None:
         """The best learning rate of each method, of those whose runs of the search all finished."""
@@ -262,35 +304,70 @@ def compare(config: CompareConfig, *, console: Console | None = None) -> Path:
     """
     console = console or Console(stderr=True, quiet=True)
     folder = config.output or Path("runs") / f"compare-{Path(config.data).name}"
-    for what, values in (("methods", config.methods), ("seeds", config.seeds)):
-        if len({*values}) < len(values):
-            raise ConfigError(f"{what}={values} names one of them twice; name each once")
-    if strange := sorted({*config.lrs, *config.options} - {*config.methods}):
-        raise ConfigError(f"lrs or options are given for {', '.join(strange)}, not among methods={config.methods}")
-    evaluation = Evaluation(
-        model=config.model, data=config.data, prompt=config.prompt, images=config.images,
-        prior_images=config.prior_images, repeats=config.repeats, steps=config.sample_steps,
-        guidance=config.guidance, vision=config.vision, clip=config.clip, device=config.device,
-    )  # fmt: skip
+    evaluation = Evaluation(**config.judging())
     comparison = Comparison(config, folder, evaluation, console)
     (folder / "real").mkdir(parents=True, exist_ok=True)
     for index, picture in enumerate(opened(evaluation.real[:COLUMNS])):
         picture.save(folder / "real" / f"picture-{index:03d}.png")
     console.rule("the base model", align="left")
-    comparison.base = comparison.judged(folder / "base", [])
-    for key, attempt in comparison.attempts.items():
-        if key[2] in comparison.search:
-            comparison.carry_out(attempt)
+    comparison.base = judged(evaluation, config.judging(), folder / "base", [])
+    comparison.carry_out(attempt for key, attempt in comparison.attempts.items() if key[2] in comparison.search)
     comparison.choose_rates()
-    for seed in config.seeds:
-        for method, lr in comparison.best.items():
-            comparison.carry_out(comparison.attempts[method, lr, seed])
+    comparison.carry_out(
+        comparison.attempts[method, lr, seed] for seed in config.seeds for method, lr in comparison.best.items()
+    )
     comparison.status = "finished"
     comparison.write()
     errors = [attempt.error for attempt in comparison.attempts.values() if attempt.error]
     if errors and not comparison.best:
         raise FallowError(f"no run succeeded; the first said: {errors[0]} (all: {folder / 'comparison.html'})")
     return folder
+
+
+def attempted(config: TrainConfig, evaluation: Evaluation, asked: dict[str, Any], console: Console) -> str | None:
+    """Train and judge one run in its folder, unless what is there answers already; the error where there was one."""
+    folder = config.output
+    assert folder is not None
+    try:
+        if _read(folder / "run.json").get("status") != "finished":
+            if folder.exists():  # left by a run that was stopped or failed
+                shutil.rmtree(folder)
+            train(config, console=console)
+        judged(evaluation, asked, folder / "evaluation", [(folder / "adapter", 1.0)])
+        write_run_report(folder)
+    except Exception as error:  # whatever goes wrong with one method, the others are still worth comparing
+        return f"{type(error).__name__}: {error}".strip()
+    return None
+
+
+def judged(
+    evaluation: Evaluation, asked: dict[str, Any], folder: Path, adapters: Sequence[tuple[Path, float]]
+) -> dict[str, Any]:
+    """The figures in `folder` where they answer the same question, else new ones."""
+    found = _read(folder / "evaluation.json")
+    if found.get("asked") == _question(asked):
+        return found
+    measured = evaluation.measure(adapters)
+    measured.figures["asked"] = _question(asked)
+    measured.save(folder, pictures=COLUMNS)
+    return measured.figures
+
+
+def answered(folder: Path, asked: dict[str, Any]) -> bool:
+    """Whether a run is finished, and judged by what is asked now."""
+    judgement = _read(folder / "evaluation" / "evaluation.json")
+    return _read(folder / "run.json").get("status") == "finished" and judgement.get("asked") == _question(asked)
+
+
+def _question(asked: dict[str, Any]) -> dict[str, Any]:
+    """As the files name it: `device` decides nothing, and steps are called sample_steps beside those of training."""
+    return {("sample_steps" if name == "steps" else name): value for name, value in asked.items() if name != "device"}
+
+
+@lru_cache(maxsize=1)
+def evaluation_of(asked: str) -> Evaluation:
+    """The Evaluation of these arguments (JSON), made once in a process."""
+    return Evaluation(**json.loads(asked))
 
 
 def anchored_score(figures: Mapping[str, Any], base: float, floor: float, real: float | None) -> float:
@@ -349,11 +426,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 def own_rates(method: str, config: CompareConfig) -> list[float]:
     """The learning rates to try where none are given: three, a factor of about three apart, around the method's own."""
-    if method not in METHODS:
-        raise ConfigError(f"methods={config.methods}: '{method}' does not exist{nearest(method, METHODS)}")
+    row = METHODS[config.method_of(method)]
     if config.model == "mini-sd":
-        return [float(f"{METHODS[method].small * factor:.2g}") for factor in (1 / 3, 1, 3)]
-    return list(METHODS[method].rates)
+        return [float(f"{row.small * factor:.2g}") for factor in (1 / 3, 1, 3)]
+    return list(row.rates)
 
 
 def equal_parameters(method: str, config: CompareConfig) -> dict[str, Any]:
@@ -362,19 +438,17 @@ def equal_parameters(method: str, config: CompareConfig) -> dict[str, Any]:
     LoRA's rank is a whole number and SHiRA's density is met in each layer, so theirs is approximate; full fine-tuning
     trains everything, and what another PEFT config trains is for its own options to say.
     """
-    if config.budget is None or method in ("full", "peft") or method not in METHODS:
+    options, method, name = config.options.get(method, {}), config.method_of(method), method
+    if config.budget is None or method in ("full", "peft"):
         return {}
-    options = config.options.get(method, {})
     if method == "lora":
         if taken := options.keys() & {"rank", "r"}:
             raise ConfigError(
-                f"budget={config.budget} and the option {min(taken)} of lora exclude each other; give one"
+                f"budget={config.budget} and the option {min(taken)} of {name} exclude each other; give one"
             )
         return {"rank": max(1, round(config.budget / lora_parameters(config.model, options.get("target_modules"))))}
     if taken := options.keys() & set(AMOUNTS):
-        raise ConfigError(
-            f"budget={config.budget} and the option {min(taken)} of {method} exclude each other; give one"
-        )
+        raise ConfigError(f"budget={config.budget} and the option {min(taken)} of {name} exclude each other; give one")
     if method == "shira":
         entries = sum(numel for shape, numel in _shapes(config.model).values() if len(shape) >= 2)
         return {"density": min(1.0, config.budget / entries)}
