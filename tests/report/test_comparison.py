@@ -42,7 +42,13 @@ def test_pictures_stand_side_by_side_and_the_page_is_one_file(comparison):
     assert not re.search(r"(?:src|href)=\"(?!data:|#)", source)
     assert "http" not in source
     assert "<script" not in source
-    assert source.count("<svg") == 7
+    assert source.count("<svg") == 9
+
+
+def test_quality_is_drawn_against_parameters_memory_and_time(comparison):
+    source, _ = page(comparison)
+    for what in ("Trained parameters", "Peak memory", "Seconds for a step"):
+        assert f'aria-label="{what} against Frechet distance"' in source
 
 
 def test_number_of_pictures_and_the_floor_are_said(comparison):

@@ -92,12 +92,31 @@ def _trade_offs(result: dict[str, Any]) -> list[tuple[Any, str]]:
         ),
         (
             plots.trade_off(
+                [_in_megabytes(method) for method in methods], "megabytes", "frechet", title="What the memory buys",
+                xlabel="peak memory, MB", ylabel=distance,
+            ),
+            "Peak memory against Frechet distance",
+        ),
+        (
+            plots.trade_off(
+                methods, "seconds_per_step", "frechet", title="What the time buys", xlabel="seconds for a step",
+                ylabel=distance,
+            ),
+            "Seconds for a step against Frechet distance",
+        ),
+        (
+            plots.trade_off(
                 methods, "frechet", "prior_frechet", title="Learning and forgetting", xlabel=distance,
                 ylabel="drift on the base model's own prompts", log_x=True, references=around,
             ),
             "Frechet distance against prior preservation",
         ),
     ]  # fmt: skip
+
+
+def _in_megabytes(method: dict[str, Any]) -> dict[str, Any]:
+    peak = method.get("peak_memory_bytes")
+    return {**method, "megabytes": None if peak is None else peak / 1e6}
 
 
 def _sweeps(methods: Sequence[dict[str, Any]]) -> list[tuple[Any, str]]:
