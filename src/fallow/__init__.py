@@ -6,11 +6,14 @@
     ...
     optimizer.save("style.safetensors")
 
-The names are imported when first used, so that `import fallow` and the command line's help cost no seconds.
+The names are imported when first used, so that `import fallow` and the command line's help cost no seconds. PEFT
+learns of the adapters of this package (`SaRAConfig`, `SHiRAConfig`) as soon as both are imported.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from fallow.core.on_import import after_import
 
 if TYPE_CHECKING:
     from fallow.catalogue import Card, methods
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from fallow.core.trainer import Callback
     from fallow.selection.largest import Largest
     from fallow.selection.lt_sft import LTSFT
+    from fallow.selection.peft_config import SaRAConfig, SHiRAConfig
+    from fallow.selection.peft_sparse import from_sparse, to_sparse
     from fallow.selection.random import Random
     from fallow.selection.sara import SaRA
     from fallow.selection.selective import Selective
@@ -47,13 +52,17 @@ __all__ = [
     "ModelError",
     "Random",
     "SHiRA",
+    "SHiRAConfig",
     "SaRA",
+    "SaRAConfig",
     "SelectionError",
     "Selective",
     "SparseDelta",
     "TrainingError",
+    "from_sparse",
     "methods",
     "step",
+    "to_sparse",
 ]
 
 _HOME = {
@@ -69,14 +78,19 @@ _HOME = {
     "ModelError": "fallow.core.errors",
     "Random": "fallow.selection.random",
     "SHiRA": "fallow.selection.shira",
+    "SHiRAConfig": "fallow.selection.peft_config",
     "SaRA": "fallow.selection.sara",
+    "SaRAConfig": "fallow.selection.peft_config",
     "SelectionError": "fallow.core.errors",
     "Selective": "fallow.selection.selective",
     "SparseDelta": "fallow.core.sparse",
     "TrainingError": "fallow.core.errors",
+    "from_sparse": "fallow.selection.peft_sparse",
     "methods": "fallow.catalogue",
     "step": "fallow.core.schedule",
+    "to_sparse": "fallow.selection.peft_sparse",
 }
+after_import("peft", "fallow.selection.peft_config")
 
 
 def __getattr__(name: str) -> Any:

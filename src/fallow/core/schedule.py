@@ -93,10 +93,23 @@ def step(model: nn.Module) -> int:
 
     Call it after `optimizer.step()` in a bare loop. SaRA and the other selective optimizers need no such call.
     """
-    return sum(schedule.advance() for schedule in _ATTACHED.get(model, ()))
+    return sum(schedule.advance() for schedule in _attached(model))
 
 
 def resolve(model: nn.Module, total: int) -> None:
     """Tell everything attached to the model how many steps the run has."""
-    for schedule in _ATTACHED.get(model, ()):
+    for schedule in _attached(model):
         schedule.resolve(total)
+
+
+def resume(model: nn.Module, steps: int) -> None:
+    """Tell everything attached to the model how many steps were made before; nothing is done for these again."""
+    for schedule in _attached(model):
+        schedule.steps = steps
+
+
+def _attached(model: nn.Module) -> list[Schedule]:
+    """What is attached to the model, or to the one inside that PEFT, DDP or torch.compile has wrapped."""
+    if not _ATTACHED:
+        return []
+    return [schedule for module in model.modules() for schedule in _ATTACHED.get(module, ())]

@@ -36,6 +36,7 @@ class Callback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if isinstance(self.target, nn.Module):
             schedule.resolve(self.target, state.max_steps)
+            schedule.resume(self.target, state.global_step)
         else:
             self.target.schedule.resolve(state.max_steps)
 

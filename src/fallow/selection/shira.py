@@ -163,7 +163,7 @@ class SHiRA(Selective):
             raise ConfigError(f"mask={mask!r} chooses by gradients; give batches= (8 to 64), or mask='wm' or 'rand'")
         if density is None and r is None:
             density = 0.02
-        _check_options(mask, every, offset, diagonal, columns, task)
+        check_options(mask, every, offset, diagonal, columns, task)
         if mask in ("grad", "snip"):
             targets = eligible(model, include, exclude, keep=matrices)
             for target in targets:
@@ -185,7 +185,7 @@ class SHiRA(Selective):
     from_peft = staticmethod(read_peft_shira)
 
 
-def _check_options(mask: str, every: int | None, offset: int, diagonal: bool, columns: bool, task: int) -> None:
+def check_options(mask: str, every: int | None, offset: int, diagonal: bool, columns: bool, task: int) -> None:
     """ConfigError on values outside their range, and on an option that this mask would ignore."""
     if task < 0 or (task and mask != "wm"):
         raise ConfigError(f"task={task} must be 0 or more, and 0 unless mask='wm'; mask is {mask!r}")

@@ -1,0 +1,163 @@
+"""What a hosted method brings: a config that makes Deltas, and the Kind that lets them act."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import peft
+from packaging.version import Version
+from peft.config import PeftConfig
+from peft.utils import PeftType
+from torch import Tensor, nn
+
+from fallow.core.errors import AdapterError, ConfigError, nearest
+
+if TYPE_CHECKING:
+    from fallow.core.peft_host.layer import FallowLayer
+
+NAME = "FALLOW"
+METHODS: dict[str, type[FallowConfig]] = {}
+
+Active = Sequence[tuple[Any, float]]  # Deltas with their scales, in the order in which they are active
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight that is to be adapted: `key`, the module's path, and every name that the weight has in the model."""
+
+    key: str
+    names: tuple[str, ...]
+    owners: tuple[nn.Module, ...]
+    weight: nn.Parameter
+
+
+class Delta(nn.Module):
+    """What one adapter is in one layer. Its tensors are flat: no submodules. Parameters are trained, buffers saved."""
+
+    kind: ClassVar[Any]  # made with a FallowLayer, it is its Kind
+
+    @classmethod
+    def combined(cls, parts: Active) -> Delta:
+        """A new Delta that changes the weight by the sum of scale * change."""
+        raise ConfigError(f"{cls.__name__} cannot be added up; merge the adapters one after the other instead")
+
+
+class Kind(Protocol):
+    """How the Deltas of one sort act in one layer, whose `FallowLayer` it is made with."""
+
+    def forward(self, layer: FallowLayer, active: Active, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`call(*args, **kwargs)` with these Deltas acting; `layer` is the leader or one tied to it."""
+        ...
+
+    def weight(self, active: Active) -> Tensor:
+        """The weight with these Deltas, differentiable: for parents that read `child.weight` themselves."""
+        ...
+
+    def settle(self, active: Active) -> None:
+        """Leave the base weight as it is merged with these Deltas; with none, bit for bit the base."""
+        ...
+
+    def check(self, active: Active) -> None:
+        """Refuse to merge values that are not finite."""
+        ...
+
+    def change(self, delta: Delta, scale: float) -> Tensor:
+        """What the Delta adds to the weight, in the weight's shape."""
+        ...
+
+    def suspect(self) -> None:
+        """Values may have been written in ways that no version counter shows; the next forward must not rely on it."""
+        ...
+
+    def loaded(self) -> None:
+        """Values or base weights were loaded; the weight shows its base."""
+        ...
+
+
+class _Type(str):
+    """What PEFT and transformers use of a member of PeftType: equality and hash of str, `.value`, `.name`."""
+
+    value = name = property(str.__str__)
+
+
+def _peft_type() -> Any:
+    if Version(peft.__version__) >= Version("0.21.0.dev0"):
+        return _Type(NAME)
+    # Older versions ask `peft_type in list(PeftType)`, which only a real member answers.
+    member = str.__new__(PeftType, NAME)
+    member._name_, member._value_, member._sort_order_ = NAME, NAME, len(PeftType._member_names_)  # type: ignore[attr-defined]
+    type.__setattr__(PeftType, NAME, member)
+    PeftType._member_names_.append(NAME)
+    PeftType._member_map_[NAME] = PeftType._value2member_map_[NAME] = member
+    return member
+
+
+PEFT_TYPE = _peft_type()
+
+
+class _ByMethod(type):
+    """`FallowConfig(method="sara", ...)`, which is what PEFT calls when it reads a file, makes a `SaRAConfig`."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if cls is not FallowConfig:
+            return super().__call__(*args, **kwargs)
+        method = kwargs.get("method")
+        if method not in METHODS:
+            raise AdapterError(
+                f"method={method!r} is not hosted by this Fallow{nearest(str(method), METHODS)}; update Fallow"
+            )
+        known = {field.name for field in dataclasses.fields(METHODS[method])}
+        if unknown := sorted(set(kwargs) - known):
+            warnings.warn(f"the config of '{method}' has unknown fields, which are ignored: {unknown}", stacklevel=3)
+        return METHODS[method](*args, **{name: value for name, value in kwargs.items() if name in known})
+
+
+@dataclass
+class FallowConfig(PeftConfig, metaclass=_ByMethod):
+    """What every hosted method can be told.
+
+    `target_modules`: names of modules (or their last parts), a regular expression that must match whole names,
+    "all-linear", or "all-layers" (every Linear, convolution, embedding and attention block). `exclude_modules`,
+    `layers_to_transform`, `layers_pattern`, `modules_to_save`: as in PEFT. `seed`: of what is drawn. `check_base`:
+    refuse to load onto another base than the one trained on. `made`: filled in when an adapter is made, so that loading
+    repeats no choice; None chooses anew.
+    """
+
+    method: str = ""
+    target_modules: list[str] | str | None = "all-linear"
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    seed: int = 0
+    check_base: bool = True
+    made: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        if not self.target_modules:
+            raise ConfigError(f"target_modules={self.target_modules!r} adapts nothing; give 'all-linear' or names")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), list | tuple):
+                setattr(self, name, set(value))
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ConfigError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform=")
+
+    def make(self, model: nn.Module, sites: Sequence[Site]) -> dict[str, Delta]:
+        """{site.key: Delta} of an adapter, chosen in one pass over all sites; sets `made`. Sites may be left out."""
+        raise ConfigError(f"{type(self).__name__} is of no method; give e.g. fallow.SaRAConfig")
+
+    def describing(self, deltas: Mapping[str, Delta]) -> FallowConfig:
+        """A copy of this config whose `made` tells of these Deltas, by site; for adapters made of others."""
+        raise ConfigError(f"{type(self).__name__} is of no method; give e.g. fallow.SaRAConfig")
+
+
+def host(config: type[FallowConfig]) -> type[FallowConfig]:
+    """Class decorator: files that name this method are read as this config."""
+    METHODS[config.method] = config
+    return config
