@@ -273,3 +273,61 @@ def test_a_foreign_safetensors_file_is_not_taken_for_an_adapter(tmp_path):
     with pytest.raises(AdapterError, match="no sparse adapter"):
         Adapters(model).add("a", tmp_path / "a.safetensors")
     assert copy.deepcopy(model.state_dict()).keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("described", "says"),
+    [
+        ({"shape": [10**12, 10**12]}, "that of no tensor"),
+        ({"shape": [10**30]}, "its shape .* is none"),
+        ({"shape": [-30, 20]}, "its shape .* is none"),
+        ({"shape": [30.0, 20]}, "its shape .* is none"),
+        ({"shape": "30x20"}, "its shape '30x20' is none"),
+        ({"shape": [2, 2]}, "does not fit 4 entries"),
+        ({"dtype": "load"}, "its dtype 'load' is none of float32"),
+        ({"dtype": None}, "its dtype None is none of"),
+        ({"base": 7}, "base is 7, which is no text"),
+    ],
+)
+def test_what_a_hostile_header_claims_is_refused_by_name(tmp_path, described, says):
+    path = adapter(net(), 1).save(tmp_path / "a.safetensors")
+    tensors, header = read_tensors(path)
+    told = json.loads(header["fallow"])
+    told["tensors"]["0.weight"] |= described
+    write_tensors(path, tensors, {**header, "fallow": json.dumps(told)})
+    with pytest.raises(AdapterError, match=rf"broken at '0.weight': .*{says}"):
+        SparseDelta.load(path)
+
+
+def test_values_that_are_no_numbers_are_neither_loaded_nor_saved(tmp_path):
+    delta = adapter(net(), 1)
+    path = delta.save(tmp_path / "a.safetensors")
+    tensors, header = read_tensors(path)
+    tensors["2.weight.delta"][3] = float("nan")
+    write_tensors(path, tensors, header)
+    with pytest.raises(AdapterError, match=r"1 of the \d+ values of '2.weight' are NaN or infinite"):
+        SparseDelta.load(path)
+    delta.entries["0.bias"].values[0] = float("inf")
+    with pytest.raises(AdapterError, match=r"values of '0.bias' are NaN or infinite"):
+        delta.save(tmp_path / "b.safetensors")
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_a_change_that_the_models_dtype_cannot_hold_is_refused(tmp_path):
+    model = net(dtype=torch.float16)
+    delta = adapter(model, 1)
+    delta.entries["0.weight"].values[0] = 6e4
+    with pytest.raises(AdapterError, match=r"'0.weight' by 60000, which is more than torch.float16 can hold"):
+        Adapters(model).add("a", delta)
+
+
+def test_tensors_that_nothing_tells_of_and_metadata_that_are_no_table_are_refused(tmp_path):
+    path = adapter(net(), 1).save(tmp_path / "a.safetensors")
+    tensors, header = read_tensors(path)
+    write_tensors(path, {**tensors, "../../etc/passwd": torch.zeros(1)}, header)
+    with pytest.raises(AdapterError, match=r"it holds '../../etc/passwd', which its metadata do not tell of"):
+        SparseDelta.load(path)
+    for text in ("[" * 50_000, '{"store": "delta", "store": "value", "tensors": {}}', '{"store": NaN}'):
+        write_tensors(path, tensors, {**header, "fallow": text})
+        with pytest.raises(AdapterError, match="has broken metadata"):
+            SparseDelta.load(path)

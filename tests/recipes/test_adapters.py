@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fallow import assets
-from fallow.core.errors import AdapterError, ConfigError, ModelError
+from fallow.core.errors import AdapterError, ConfigError, ModelError, StorageError
 from fallow.core.files import fingerprint
 from fallow.core.sparse import WEIGHTS, Entry, SparseDelta
 from fallow.recipes import adapters as module
@@ -280,7 +280,7 @@ def test_a_merge_that_fails_leaves_the_earlier_one_and_nothing_of_its_own(tiny_s
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(StableDiffusionPipeline, "save_pretrained", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StorageError, match="No space left"):
         merge_into(str(tiny_sd), pairs, tmp_path / "merged", overwrite=True)
     assert {p: p.read_bytes() for p in (tmp_path / "merged").rglob("*") if p.is_file()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["merged", "one", "two.safetensors"]

@@ -27,12 +27,21 @@ from torch import Tensor, nn
 from fallow.core.coding import decode, encode
 from fallow.core.compact import gather, scatter
 from fallow.core.errors import AdapterError, ConfigError, nearest
-from fallow.core.files import atomic_directory, matches, read_tensors, write_json, write_tensors
+from fallow.core.files import (
+    atomic_directory,
+    matches,
+    parse_json,
+    read_tensors,
+    refuse_not_finite,
+    write_json,
+    write_tensors,
+)
 from fallow.core.select import named_weights
 
 FORMAT, VERSION = "fallow-sparse", 1
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Store = Literal["delta", "value"]
+DTYPES = ("float32", "float16", "bfloat16", "float64")  # of weights and of stored values
 
 
 @dataclass(frozen=True)
@@ -73,14 +82,21 @@ class SparseDelta:
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    def save(self, path: Path, dtype: torch.dtype = torch.float32) -> Path:
+    def save(
+        self, path: Path, dtype: torch.dtype = torch.float32, notes: Mapping[str, str] | None = None
+    ) -> Path:
         """Write `*.safetensors` as one file, any other path as an adapter directory; returns the path.
 
+        AdapterError where a value is no number (training has failed) or other things lie there, StorageError where
+        the disk is full or the place cannot be written.
+
         `dtype`: of stored changes, float32 or bfloat16 (half the size, the change to 8 bits of precision).
+        `notes`: what else the file's metadata say, e.g. `modelspec.title`, for other tools.
         """
         if dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"dtype={dtype} must be torch.float32 or torch.bfloat16")
         path = Path(path)
+        refuse_not_finite(path, {name: entry.values for name, entry in self.entries.items()})
         tensors: dict[str, Tensor] = {}
         described: dict[str, Any] = {}
         for name, entry in self.entries.items():
@@ -89,7 +105,7 @@ class SparseDelta:
             tensors[f"{name}.{self.store}"] = entry.values.to(dtype) if self.store == "delta" else entry.values
             described[name] = {"shape": list(entry.shape), "dtype": entry.dtype, "base": entry.fingerprint}
         told = {"store": self.store, "metadata": self.metadata, "tensors": described}
-        header = {"format": FORMAT, "version": str(VERSION), "fallow": json.dumps(told)}
+        header = {**(notes or {}), "format": FORMAT, "version": str(VERSION), "fallow": json.dumps(told)}
         if path.suffix == ".safetensors":
             write_tensors(path, tensors, header)
             return path
@@ -113,21 +129,16 @@ class SparseDelta:
         entries = {}
         for name, described in told["tensors"].items():
             try:
-                shape, dtype = tuple(described["shape"]), described["dtype"]
-                values = tensors.pop(f"{name}.{told['store']}")
-                kind = "gaps" if f"{name}.idx" in tensors else "bits"
-                index = decode(kind, tensors.pop(f"{name}.{'idx' if kind == 'gaps' else 'bits'}"), math.prod(shape))
-            except (KeyError, TypeError) as error:
+                entries[name] = _entry(name, described, told["store"], tensors)
+            except KeyError as error:
                 raise AdapterError(f"{file} is incomplete: '{name}' lacks {error}; train or copy it again") from None
             except AdapterError as error:
                 raise AdapterError(f"{file} is broken at '{name}': {error}; train or copy it again") from None
-            if index.shape != values.shape:
-                raise AdapterError(
-                    f"{file} is broken at '{name}': {values.numel()} values for {index.numel()} indices; copy it again"
-                )
-            if told["store"] == "delta":
-                values = values.float()
-            entries[name] = Entry(index, values, shape, dtype, described["base"])
+        if tensors:
+            raise AdapterError(
+                f"{file} is broken: it holds '{min(tensors)}', which its metadata do not tell of; copy it again"
+            )
+        refuse_not_finite(file, {name: entry.values for name, entry in entries.items()})
         return SparseDelta(entries, told["store"], told["metadata"])
 
     def _card(self) -> str:
@@ -148,6 +159,7 @@ class SparseDelta:
     def check(self, model: nn.Module, force: bool = False) -> None:
         """AdapterError unless every weight is in the model in this shape, and (unless `force`) is the base trained on.
 
+        Also where a change is too large for the model's dtype, in which the weight would be infinite.
         Call it while the model shows its base. A base in half precision is recognised as the float32 one it came from.
         """
         named = named_weights(model)
@@ -159,6 +171,12 @@ class SparseDelta:
                 raise AdapterError(
                     f"the adapter changes '{name}' {entry.shape}, which is {tuple(named[name].shape)} in this model; "
                     "give the base that it was trained on"
+                )
+            plain = entry.values.numel() and named[name].is_floating_point()
+            if plain and entry.values.abs().max() > torch.finfo(named[name].dtype).max / 4:
+                raise AdapterError(
+                    f"the adapter changes '{name}' by {float(entry.values.abs().max()):g}, which is more than "
+                    f"{named[name].dtype} can hold; the file is damaged, or the model has to be loaded in float32"
                 )
         if force:
             return
@@ -195,6 +213,31 @@ def is_sparse(path: Path) -> bool:
         return False
 
 
+def _entry(name: str, described: Any, store: Store, tensors: dict[str, Tensor]) -> Entry:
+    """The entry of one weight, whose tensors are taken out of `tensors`. KeyError for what is missing, AdapterError for
+    what cannot be; nothing is as large as a header claims, all as large as what is in the file.
+    """
+    if not isinstance(described, dict):
+        raise AdapterError(f"it is described by {described!r:.60}, which is no table")
+    shape, dtype, base = described["shape"], described["dtype"], described["base"]
+    if not isinstance(shape, list) or not all(type(side) is int and 0 <= side < 2**48 for side in shape):
+        raise AdapterError(f"its shape {shape!r:.60} is none")
+    if math.prod(shape) >= 2**62:
+        raise AdapterError(f"its shape {shape!r:.60} is that of no tensor")
+    if dtype not in DTYPES:
+        raise AdapterError(f"its dtype {dtype!r:.60} is none of {', '.join(DTYPES)}")
+    if not isinstance(base, str):
+        raise AdapterError(f"the fingerprint of its base is {base!r:.60}, which is no text")
+    values = tensors.pop(f"{name}.{store}")
+    kind = "gaps" if f"{name}.idx" in tensors else "bits"
+    index = decode(kind, tensors.pop(f"{name}.{'idx' if kind == 'gaps' else 'bits'}"), math.prod(shape))
+    if str(values.dtype).removeprefix("torch.") not in DTYPES:
+        raise AdapterError(f"its values are {values.dtype}, which is none of {', '.join(DTYPES)}")
+    if index.shape != values.shape:
+        raise AdapterError(f"{values.numel()} values for {index.numel()} indices")
+    return Entry(index, values.float() if store == "delta" else values, tuple(shape), dtype, base)
+
+
 def _told(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
     if header.get("format") != FORMAT:
         raise AdapterError(f"{file} is no sparse adapter (its metadata say format {header.get('format')!r})")
@@ -203,10 +246,13 @@ def _told(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
             f"{file} has version {header.get('version')} of the format, this Fallow reads {VERSION}; update Fallow"
         )
     try:
-        told = json.loads(header["fallow"])
+        told = parse_json(header["fallow"])
         if told["store"] not in ("delta", "value") or not isinstance(told["tensors"], dict):
             raise ValueError("store or tensors are not what they must be")
-        return {"metadata": {}, **told}
+        told = {"metadata": {}, **told}
+        if not isinstance(told["metadata"], dict):
+            raise ValueError("metadata is no table")
+        return told
     except (KeyError, ValueError, TypeError) as error:
         raise AdapterError(f"{file} has broken metadata ({error}); train or copy it again") from None
 

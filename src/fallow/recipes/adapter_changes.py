@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from fallow.core.errors import AdapterError, nearest
-from fallow.core.files import matches
+from fallow.core.files import matches, refuse_not_finite
 from fallow.core.select import named_weights
 from fallow.core.sparse import WEIGHTS, SparseDelta
-from fallow.recipes.adapter_directory import NETWORKS, PREFIX, opened, shapes_in
+from fallow.recipes.adapter_directory import NETWORKS, PREFIX, opened, read_config, shapes_in
 from fallow.recipes.bare_networks import adapted_names, bare_parameters, own_parameters
-from fallow.recipes.formats.layers import Adapter, Dense, Factors, Layer, plain
+from fallow.recipes.formats.layers import Adapter, Dense, Factors, Layer, finite, plain
 
 
 class Change(Protocol):
@@ -148,6 +149,8 @@ class FullChange:
                 "belongs to another network"
             )
         _check_base(self.folder, self.base, named, force)
+        for name, weight in named.items():
+            finite(name, self._read(name).to(weight.dtype), self.folder / WEIGHTS)
 
     def changed(self, network: nn.Module) -> Sequence[str]:
         return list(own_parameters(network))
@@ -161,7 +164,9 @@ class FullChange:
     def _read(self, name: str) -> Tensor:
         with opened(self.folder / WEIGHTS) as found:
             tensor: Tensor = found.get_tensor(name)
-            return tensor
+        if not tensor.is_floating_point():
+            raise AdapterError(f"{self.folder} is broken: '{name}' is of {tensor.dtype}; copy or train it again")
+        return tensor
 
 
 @dataclass
@@ -193,6 +198,8 @@ class PeftChange:
         file = self.folder / WEIGHTS
         with opened(file) as found:
             tensors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118
+        refuse_not_finite(file, tensors)
+        refuse_hostile(self.folder, read_config(self.folder), tensors)
         wants_gradient = {name: p.requires_grad for name, p in network.named_parameters()}
         training = {name: module.training for name, module in network.named_modules()}
         hosted: Any = None
@@ -213,6 +220,7 @@ class PeftChange:
             self.merged = {
                 name: own[name].detach().clone() for name, was in former.items() if not torch.equal(own[name], was)
             }
+            refuse_not_finite(self.folder, self.merged)
         except AdapterError:
             raise
         except _NOT_FOR_PEFT as error:
@@ -248,6 +256,45 @@ class PeftChange:
                     f"{self.folder} does not fit this network: '{name}' is {tuple(tensor.shape)} and must be "
                     f"{tuple(own[name].shape)}; give the base that it was trained on"
                 )
+
+
+def refuse_hostile(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """AdapterError for settings of a stranger's with which PEFT would import a module of their choice, take memory
+    without end, or match an expression for hours.
+    """
+    if config.get("megatron_config") is not None or config.get("megatron_core") not in (None, "megatron.core"):
+        raise AdapterError(f"{folder} names modules of Megatron to be imported, which Fallow does not do; leave it out")
+    largest = max((side for tensor in tensors.values() for side in tensor.shape), default=0)
+    numbers, texts = _leaves(config)
+    for name, value in numbers:
+        if name in ("r", "rank_pattern") and value > max(largest, 1):
+            raise AdapterError(f"{folder} has {name}={value:g}, and no tensor with as many rows; copy it again")
+        if value >= 2**31 and "seed" not in name and "key" not in name:
+            raise AdapterError(f"{folder} has {name}={value:g}, which is no setting that can be; copy it again")
+    for name, text in texts:
+        repeats = sum(text.count(sign) for sign in "*+{")
+        if repeats > MOST_REPEATS or re.search(r"\)[*+{]", text):
+            raise AdapterError(
+                f"{folder} has {name}={text[:60]!r}, an expression that could be matched for hours; name the layers"
+            )
+
+
+MOST_REPEATS = 3  # in an expression; each takes as many steps as a layer's name has letters, and they multiply
+
+
+def _leaves(value: Any, name: str = "") -> tuple[list[tuple[str, float]], list[tuple[str, str]]]:
+    """(setting, number) and (setting, text) of everything in a configuration, keys of its tables among the texts."""
+    if isinstance(value, bool) or value is None:
+        return [], []
+    if isinstance(value, int | float):
+        return [(name, value)], []
+    if isinstance(value, str):
+        return [], [(name, value)]
+    inner = [(name or str(key), each) for key, each in value.items()] if isinstance(value, dict) else []
+    inner = inner or [(name, each) for each in value]
+    found = [_leaves(each, key) for key, each in inner]
+    keys = [(name, str(key)) for key in value] if isinstance(value, dict) and name else []
+    return [one for numbers, _ in found for one in numbers], keys + [one for _, texts in found for one in texts]
 
 
 # What PEFT raises for settings it does not know, layers that are not there, and methods that cannot be merged.

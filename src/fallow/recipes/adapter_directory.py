@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from fallow.core.errors import AdapterError
-from fallow.core.files import atomic_directory
+from fallow.core.files import atomic_directory, parse_json, read_json
 from fallow.core.sparse import CONFIG
 
 VERSION = 1
@@ -46,7 +46,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json of a directory. AdapterError where it is missing or broken."""
     file = folder / CONFIG
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
     except FileNotFoundError:
         raise AdapterError(f"{folder} is no adapter: it has no {CONFIG}; {WHAT_TO_GIVE}") from None
     except (OSError, ValueError) as error:
@@ -65,8 +65,10 @@ def header(path: Path) -> dict[str, Any]:
 def noted_in(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """The same, of metadata that have been read. AdapterError where they are broken."""
     try:
-        found = json.loads(metadata.get("fallow", "{}"))
-        return found if isinstance(found, dict) else {}
+        found = parse_json(metadata.get("fallow", "{}"))
+        if not isinstance(found, dict) or not all(isinstance(found.get(key, {}), dict) for key in ("base", "metadata")):
+            raise ValueError("they are no tables")
+        return found
     except ValueError as error:
         raise AdapterError(f"{path} has broken metadata ({error}); copy it again") from None
 
