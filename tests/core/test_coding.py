@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fallow.core.coding import decode, encode
+from fallow.core.coding import PackedIndex, decode, encode, packed
 from fallow.core.errors import AdapterError
 
 
@@ -53,3 +53,31 @@ def test_tensors_of_2_to_the_31_entries_have_wide_indices():
 def test_broken_codes_are_refused(kind, code, message):
     with pytest.raises(AdapterError, match=message):
         decode(kind, code, 100)
+
+
+@pytest.mark.parametrize(
+    ("density", "bits"), [(0.0, 0), (1e-5, 0), (1e-3, 16), (0.004, 16), (0.02, 8), (0.1, 8), (0.9, 8), (1.0, 8)]
+)
+def test_an_index_packed_in_memory_comes_back_exactly_and_has_the_foretold_size(density, bits):
+    numel = 300_001
+    index = (torch.rand(numel) < density).nonzero().view(-1).int()
+    held = PackedIndex(index, numel)
+    assert torch.equal(held.decode(), index)
+    assert (held.decode().dtype, held.size, held.bits) == (torch.int32, index.numel(), bits)
+    kept = held.low.nbytes + (0 if held.counts is None else held.counts.nbytes)
+    assert held.nbytes == kept == packed(index.numel(), numel)[1]
+    if density == 0.1:
+        assert held.nbytes < 1.09 * index.numel()
+    if density == 0.02:
+        assert held.nbytes < 1.42 * index.numel()
+    assert held.nbytes <= 4 * index.numel()
+
+
+def test_an_index_packed_in_memory_may_lie_beyond_thirty_two_bits_and_at_the_edges_of_blocks():
+    index = torch.cat([torch.arange(0, 2**33, 2**14), torch.tensor([2**33 - 1])])
+    held = PackedIndex(index, 2**33)
+    assert held.bits == 16
+    assert torch.equal(held.decode(), index)
+    for size in (1, 255, 256, 257, 512, 65536, 65537):
+        edges = sorted({0, size // 2, max(0, size - 2), size - 1})
+        assert PackedIndex(torch.tensor(edges, dtype=torch.int32), size).decode().tolist() == edges

@@ -166,18 +166,30 @@ def test_a_shira_state_brings_back_layers_that_the_new_choice_lacks(mlp):
     assert same(weights(other), weights(model))
 
 
-def test_an_average_of_the_proxies_can_be_put_into_the_weights(mlp):
-    model = mlp(torch.bfloat16)
-    optimizer = fallow.SaRA(model, fraction=0.1, lr=1e-2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["sara", "shira"])
+def test_an_average_of_the_masters_can_be_put_into_the_weights_and_taken_back(mlp, dtype, method):
+    model = mlp(dtype)
+    if method == "sara":
+        optimizer = fallow.SaRA(model, fraction=0.1, lr=1e-2, reselect_at=2)
+    else:
+        optimizer = fallow.SHiRA(model, "wm", density=0.1, lr=1e-2)
     train(model, optimizer, range(1))
-    average = [proxy.detach().clone() for proxy in optimizer.trainable()]
+    average = {name: value.clone() for name, value in optimizer.masters().items()}
     train(model, optimizer, range(1, 3))
-    with torch.no_grad():
-        for proxy, value in zip(optimizer.trainable(), average, strict=True):
-            proxy.lerp_(value, 0.5)
-    optimizer.write()
-    for slot in optimizer.slots.values():
-        assert torch.equal(slot.read(), slot.proxy.detach().bfloat16())
+    own = {name: value.clone() for name, value in optimizer.masters().items()}
+    before = weights(model)
+    for name, value in average.items():
+        value.lerp_(own[name], 0.5)
+    optimizer.put(average)
+    assert not same(weights(model), before)
+    for name, slot in optimizer.slots.items():
+        value = average[name] if method == "sara" else slot.base.to(slot.precision) + average[name]
+        assert torch.equal(slot.read(), value.to(dtype))
+        trained = slice(None) if slot.live is None else slot.live.long()  # those put to rest keep no master
+        assert torch.equal(slot.masters()[trained], average[name][trained])
+    optimizer.put(own)
+    assert same(weights(model), before)
 
 
 def test_clipping_the_compact_gradients_is_clipping_the_masked_ones(mlp):

@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fallow import assets
 from fallow.analysis.memory import Estimate, estimate_dense, estimate_selective
+from fallow.core.compact import Form
 from fallow.core.errors import ConfigError, ModelError, SelectionError, nearest
 from fallow.recipes.methods import LORA_TARGETS, METHODS
 from fallow.recipes.pictures import buckets
@@ -302,7 +303,8 @@ def _estimate(plan: Plan, source: Source, method: str, others: int) -> Estimate:
         if method in ("lora", "full"):
             name = f"lora, rank {plan.rank}" if method == "lora" else "full"
             return estimate_dense(network, loss, method=name, foreach=torch.cuda.is_available(), **common)
-        return estimate_selective(network, loss, selected, method=method, **common)
+        form: Form = "delta" if method == "shira" else "value"
+        return estimate_selective(network, loss, selected, method=method, form=form, **common)
 
 
 def unet_on_meta(plan: Plan, source: Source) -> Any:

@@ -34,6 +34,7 @@ from fallow.core.files import fingerprint
 from fallow.core.schedule import Schedule
 from fallow.core.select import Amount, Patterns, Selection, Selector, Target, checked, eligible, named_weights
 from fallow.core.sparse import Entry, SparseDelta
+from fallow.core.update import Update
 
 Groups = list[dict[str, Any]]
 Rule = Callable[[Groups], torch.optim.Optimizer]
@@ -106,7 +107,7 @@ class Selective(torch.optim.Optimizer):
         self.total_parameters = sum(target.numel for target in targets)
         self._numel = {target.name: target.numel for target in targets}
         self.slots = {
-            target.name: Slot(target, selection.index[target.name], form)
+            target.name: Slot(target, selection.index[target.name], form, hollow=rule is None)
             for target in targets
             if target.name in selection.index and selection.index[target.name].numel()
         }
@@ -172,22 +173,25 @@ class Selective(torch.optim.Optimizer):
                 loss = closure()
         if self.capture.spent or all(proxy.grad is None for proxy in self.trainable()):  # none since the last step
             self._check_in_reach()
-        self._refresh()
+        slots = [self.slots[name] for name in self._grouped]
         if self.penalty is not None:
-            self.penalty.add([self.slots[name] for name in self._grouped])
-        moving = [self.slots[name] for name in self._grouped if self.slots[name].proxy.grad is not None]
-        self.rule.step()
-        for slot in moving:
-            slot.store()
+            for slot in slots:
+                slot.refresh()
+            self.penalty.add(slots)
+        self.update.apply(slots)
         self.capture.spent = True
         if self.schedule.advance():
             self.reselect()
         return loss
 
-    def write(self) -> None:
-        """Put the proxies' values into the weights, after something other than `step()` set them, e.g. an EMA."""
-        for name in self._grouped:
-            self.slots[name].store()
+    def masters(self) -> dict[str, Tensor]:
+        """{name: (n,)} the exact values behind all entries chosen at first, for an average; float32 (or float64)."""
+        return {name: slot.masters() for name, slot in self.slots.items()}
+
+    def put(self, masters: Mapping[str, Tensor]) -> None:
+        """Set what `masters()` gives and the weights with it, e.g. to an average."""
+        for name, slot in self.slots.items():
+            slot.put(masters[name])
 
     @torch.no_grad()
     def reselect(self) -> None:
@@ -198,7 +202,7 @@ class Selective(torch.optim.Optimizer):
         if self.threshold is None:
             raise ConfigError("nothing to re-select by: the choice was not made by one threshold for the model")
         step, of, bound = self.schedule.steps, self.live_parameters, self.threshold
-        kept = {name: (self.slots[name].values().abs() < bound).nonzero().view(-1) for name in self._grouped}
+        kept = {name: (self._values(self.slots[name]).abs() < bound).nonzero().view(-1) for name in self._grouped}
         left = sum(index.numel() for index in kept.values())
         self.events.append({"event": "reselect", "step": step, "kept": left, "of": of})
         if left == 0:  # freezing everything would end the run with an error of autograd's; train on instead
@@ -293,7 +297,7 @@ class Selective(torch.optim.Optimizer):
         canonical = {id(param): name for name, slot in self.slots.items() for param in slot.params}
         entries = {canonical.get(id(named[name]), name): entry for name, entry in adapter.entries.items()}
         for name in dict.fromkeys((*self.slots, *entries)):
-            slot = self.slots.get(name) or _untrained(name, named[name], self.form)
+            slot = self.slots.get(name) or _untrained(name, named[name], self.form, self.update.per_tensor)
             trained, device = slot.trained, slot.weight.device
             added = entries[name].index.to(device, trained.dtype) if name in entries else trained[:0]
             index = torch.cat([slot.index, added]).unique()
@@ -312,7 +316,6 @@ class Selective(torch.optim.Optimizer):
         self._refresh()
         tensors = {}
         for name, slot in self.slots.items():
-            exact = slot.form == "value" and slot.precision == slot.weight.dtype
             tensors[name] = {
                 "shape": list(slot.weight.shape),
                 "index": slot.index,
@@ -320,7 +323,7 @@ class Selective(torch.optim.Optimizer):
                 "live": slot.live,
                 "selected": slot.selected,
                 "weight": self._present(slot),
-                "master": None if exact else slot.proxy.detach(),
+                "master": None if slot.exact else slot.proxy.detach(),
             }
         own = {
             "version": STATE_VERSION,
@@ -377,7 +380,10 @@ class Selective(torch.optim.Optimizer):
         for slot in self.slots.values():
             if slot.name in self.capture.handles:
                 self.capture.detach(slot)
-        slots = {name: self.slots.get(name) or _untrained(name, named[name], self.form) for name in own["tensors"]}
+        slots = {
+            name: self.slots.get(name) or _untrained(name, named[name], self.form, self.update.per_tensor)
+            for name in own["tensors"]
+        }
         for name, slot in slots.items():
             held = own["tensors"][name]
             live, weight, master = held["live"], held["weight"], held["master"]
@@ -445,6 +451,10 @@ class Selective(torch.optim.Optimizer):
 
     def _follow_rule(self) -> None:
         """Groups and moments are the rule's own, so schedulers that change ours change the rule's."""
+        self.update = Update(self.rule)
+        if self.update.per_tensor:
+            for slot in self.slots.values():
+                slot.hollow()
         self.param_groups, self.state = self.rule.param_groups, self.rule.state
 
     def _check_in_reach(self) -> None:
@@ -475,10 +485,18 @@ class Selective(torch.optim.Optimizer):
     def _moved(self, slot: Slot, present: Tensor) -> Tensor:
         """(n,) what training added to the first values, from the masters where there are some."""
         moved = present.to(slot.precision) - slot.base.to(slot.precision)
+        if not slot.mastered:
+            return moved
         change = slot.values() - slot.base_of_trained() if slot.form == "value" else slot.proxy.detach().clone()
-        if slot.live is None:
-            return change
-        return moved.index_copy_(0, slot.live.long(), change)
+        live = slot.live
+        return change if live is None else moved.index_copy_(0, live.long(), change)
+
+    def _values(self, slot: Slot) -> Tensor:
+        """(k,) the trained values, whatever the model shows at the moment."""
+        if self._shelf is None or slot.mastered:
+            return slot.values()
+        present, live = self._shelf[slot.name], slot.live
+        return present if live is None else present.index_select(0, live)
 
     def _fingerprint(self) -> None:
         if missing := [name for name in self.slots if name not in self._prints]:
@@ -486,11 +504,9 @@ class Selective(torch.optim.Optimizer):
                 self._prints |= {name: fingerprint(self.slots[name].weight.detach()) for name in missing}
 
 
-def _untrained(name: str, param: nn.Parameter, form: Form) -> Slot:
+def _untrained(name: str, param: nn.Parameter, form: Form, hollow: bool) -> Slot:
     empty = torch.zeros(0, dtype=torch.int32 if param.numel() < 2**31 else torch.int64, device=param.device)
-    slot = Slot(Target((name,), (param,), ()), empty, form)
-    slot.live = empty.to(torch.int32)
-    return slot
+    return slot_of(Target((name,), (param,), ()), empty, form, hollow)
 
 
 def _per_entry(value: Any, size: int) -> bool:
