@@ -32,6 +32,7 @@ from torch import Tensor
 
 from fallow.core.content_hash import HASH, fill_hash, with_room
 from fallow.core.errors import AdapterError, StorageError
+from fallow.core.stored_weight import StoredWeight
 
 PRECISIONS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 # What the operating system refuses is for the user to put right: permissions, a full disk, a file in a folder's place.
@@ -351,6 +352,8 @@ def fingerprint(tensor: Tensor) -> str:
     was trained in half precision on the float32 original. Shape and dtype are not part of it. Reads the tensor once for
     each; about a second per 10^8 entries.
     """
+    if isinstance(tensor, StoredWeight) and tensor.store.fingerprint:
+        return tensor.store.fingerprint  # of what was quantised
     return ",".join(f"{name}:{_digest(tensor, dtype)}" for name, dtype in PRECISIONS.items())
 
 
@@ -360,6 +363,9 @@ def matches(print_of_base: str, tensor: Tensor, trained_in: torch.dtype | None =
     own = tensor.dtype if tensor.dtype in PRECISIONS.values() else torch.float32
     names = {dtype: name for name, dtype in PRECISIONS.items()}
     candidates = [own] if trained_in not in (torch.float16, torch.bfloat16) else [own, trained_in]
+    if isinstance(tensor, StoredWeight) and tensor.store.fingerprint:  # of what was quantised
+        known = set(tensor.store.fingerprint.split(","))
+        return any(f"{name}:{parts.get(name)}" in known for name in (names[dtype] for dtype in candidates))
     return any(parts.get(names[dtype]) == _digest(tensor, dtype) for dtype in dict.fromkeys(candidates))
 
 

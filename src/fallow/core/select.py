@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from fallow.core.errors import ModelError, SelectionError, nearest
 from fallow.core.sharded import Together, local
+from fallow.core.stored_weight import StoredWeight
 
 WRITABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CHUNK = 1 << 22  # entries whose digits are counted at once: a temporary of 16-32 MiB
@@ -280,6 +281,8 @@ def _refuse_overlaps(targets: Iterable[Target]) -> None:
 
 def magnitude(target: Target) -> Tensor:
     """|W| in float32 (float64 for float64 weights), so that low precision never decides a comparison."""
+    if isinstance(target.weight, StoredWeight):
+        return target.weight.store.magnitude()
     weight = local(target.weight.detach())
     return (weight if weight.dtype == torch.float64 else weight.float()).abs()
 

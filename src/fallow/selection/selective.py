@@ -33,6 +33,7 @@ from fallow.core.errors import AdapterError, ConfigError, ModelError
 from fallow.core.files import fingerprint
 from fallow.core.schedule import Schedule
 from fallow.core.select import Amount, Patterns, Selection, Selector, Target, checked, eligible, named_weights
+from fallow.core.side_branch import kept_as, slot_of
 from fallow.core.sparse import Entry, SparseDelta
 from fallow.core.update import Update
 
@@ -107,7 +108,7 @@ class Selective(torch.optim.Optimizer):
         self.total_parameters = sum(target.numel for target in targets)
         self._numel = {target.name: target.numel for target in targets}
         self.slots = {
-            target.name: Slot(target, selection.index[target.name], form, hollow=rule is None)
+            target.name: slot_of(target, selection.index[target.name], form, hollow=rule is None)
             for target in targets
             if target.name in selection.index and selection.index[target.name].numel()
         }
@@ -123,7 +124,7 @@ class Selective(torch.optim.Optimizer):
         self.metadata = {
             "method": "selective", "threshold": self.threshold, "fraction": fraction, "budget": budget, "density":
             density, "r": r, "include": _listed(include), "exclude": _listed(exclude), "reselect_at": self.schedule.at,
-            **(metadata or {}),
+            **kept_as(self.slots.values()), **(metadata or {}),
         }  # fmt: skip
         trainable = [param for param in model.parameters() if param.requires_grad]
         self.capture = Capture(list(self.slots.values()))
