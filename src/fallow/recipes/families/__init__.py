@@ -5,11 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from fallow.core.errors import ModelError
+from fallow.recipes.families.animatediff import AnimateDiff
 from fallow.recipes.families.family import Ask, Conditions, Family
+from fallow.recipes.families.flux import Flux
+from fallow.recipes.families.pixart import PixArt
+from fallow.recipes.families.stable_diffusion_3 import StableDiffusion3
+from fallow.recipes.families.stable_diffusion_xl import StableDiffusionXL
 
 __all__ = ["FAMILIES", "Ask", "Conditions", "Family", "family_named", "family_of"]
 
-FAMILIES: dict[str, Family] = {name: family for family in (Family(),) for name in family.pipelines}
+KINDS: tuple[Family, ...] = (Family(), StableDiffusionXL(), StableDiffusion3(), Flux(), PixArt(), AnimateDiff())
+FAMILIES: dict[str, Family] = {name: family for family in KINDS for name in family.pipelines}
 
 
 def family_named(kind: str, model: str = "") -> Family:
