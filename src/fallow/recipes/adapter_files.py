@@ -25,7 +25,7 @@ from torch import nn
 
 from fallow.core.errors import AdapterError, ConfigError
 from fallow.core.files import fingerprint, write_json, write_tensors
-from fallow.core.select import named_weights, plain_name
+from fallow.core.select import named_weights
 from fallow.core.sparse import CONFIG, WEIGHTS, SparseDelta, is_sparse
 from fallow.recipes.adapter_changes import Change, FullChange, LayersChange, PeftChange, SparseChange, wide
 from fallow.recipes.adapter_directory import (
@@ -105,7 +105,9 @@ def adapter_size(path: str | Path) -> tuple[int, int]:
     place, kind = locate(path), kind_of(path)
     if kind == "sparse":
         trained = SparseDelta.load(place).trained
-    elif kind in ("file", "parts"):
+    elif kind == "parts":
+        trained = sum(adapter_size(place / part)[0] for part in peft_format.parts_in(place))
+    elif kind == "file":
         trained = reading.read(place).trained
     else:
         trained = sum(math.prod(shape) for shape in shapes_in(place / WEIGHTS).values())
@@ -135,8 +137,10 @@ def save_full(
     """
     own: nn.Module = bare(network)
     parameters = own_parameters(own)
-    if lasting := sorted({plain_name(key) for key in own.state_dict()} - named_weights(own).keys()):
-        raise ConfigError(f"the network has buffers ({lasting[0]}, ...), which kind full does not store")
+    if lasting := [name for name, part in own.named_modules() if getattr(part, "track_running_stats", False)]:
+        raise ConfigError(
+            f"'{lasting[0]}' keeps running statistics, which training changes and kind full does not store"
+        )
     missing = parameters.keys() - base_fingerprints.keys()
     if missing:
         raise ConfigError(f"base_fingerprints lack {len(missing)} weights, such as {min(missing)}; give those of all")
@@ -262,7 +266,8 @@ def other_parts(path: str | Path) -> list[str]:
     place, kind = locate(path), kind_of(path)
     if kind not in ("file", "parts"):
         return []
-    return [part for part in reading.read(place).parts if part not in NETWORKS]
+    parts = reading.read(place).parts if kind == "file" else peft_format.parts_in(place)
+    return [part for part in parts if part not in NETWORKS]
 
 
 def read_change(
@@ -274,7 +279,10 @@ def read_change(
     `known`: by part, the names of the weights that it is for, by which names of kohya's are understood.
     """
     place, kind = locate(path), kind_of(path)
-    if kind in ("file", "parts"):
+    if kind == "parts":
+        name = next((one for one in peft_format.parts_in(place) if one == part or (not part and one in NETWORKS)), None)
+        return None if name is None else read_change(place / name)
+    if kind == "file":
         return LayersChange.of(place, reading.read(place, known), part)
     if part is not None:
         return None

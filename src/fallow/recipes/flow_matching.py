@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fallow.core.errors import ConfigError
 from fallow.recipes.noise import Draw, offset_noise
 
 Density = Literal["logit-normal", "uniform"]
@@ -71,8 +70,7 @@ class FlowMatching:
         return drawn.noise - latents
 
     def weights(self, drawn: Draw, min_snr: float | None) -> Tensor | None:
-        if min_snr is not None:
-            raise ConfigError(f"min_snr={min_snr} is for models of diffusion; flow matching has other weights: cosmap")
+        """Min-SNR is for diffusion: the recipe refuses it before it comes here."""
         if self.weighting == "none":
             return None
         sigmas = drawn.timesteps.float() / self.steps

@@ -12,12 +12,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from PIL import ImageOps
 from torch import Tensor
 
+from fallow.recipes.clips import frames_of
 from fallow.recipes.families import Conditions, Family, family_of
 from fallow.recipes.noise import Draw, Objective
 from fallow.recipes.pictures import Batches, Picture, Size, open_picture, to_pixels
@@ -27,18 +29,27 @@ AT_ONCE = 16  # pictures or captions encoded together
 
 @dataclass
 class Batch:
-    """What the loss needs, on the network's device: latents (B, C, h, w) and conditions, each (B, ...)."""
+    """What the loss needs, on the network's device: latents (B, C, h, w) or, of clips, (B, C, F, h, w), and conditions,
+    each (B, ...). Where the text encoders are trained, `captions` (B) are not encoded yet and `encode` does it.
+    """
 
     latents: Tensor
     conditions: Conditions
     drawn: Draw
+    captions: Sequence[str] = ()
+    encode: Callable[[Sequence[str]], Conditions] | None = None
+
+    def given(self) -> Conditions:
+        """All conditions; gradients reach the text encoders where they are trained."""
+        return self.conditions if self.encode is None else self.conditions | self.encode(self.captions)
 
     def parts(self, size: int) -> Iterator[Batch]:
         """The batch in pieces of so many pictures, the last one perhaps smaller: for accumulation."""
         for begin in range(0, len(self.latents), size):
             end = begin + size
             conditions = {name: value[begin:end] for name, value in self.conditions.items()}
-            yield Batch(self.latents[begin:end], conditions, self.drawn.part(begin, end))
+            captions = self.captions[begin:end]
+            yield Batch(self.latents[begin:end], conditions, self.drawn.part(begin, end), captions, self.encode)
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -47,9 +58,9 @@ class Batch:
 class Examples:
     """Encoded pictures and captions, from which batches are drawn.
 
-    means[m][i], deviations[m][i] (C, h, w): of picture i, mirrored where m is 1. `captions` {condition: (1 + captions,
-    ...)}: of the empty caption, then the others; picture i has number `caption_of[i]`. `told` {condition: (pictures,
-    ...)}: what the network is told of each picture apart from its caption.
+    means[m][i], deviations[m][i] (C, h, w), of a clip (C, frames, h, w): of picture i, mirrored where m is 1. `texts`
+    are the empty caption, then the others; `captions` {condition: (texts, ...)} is what becomes of them; picture i has
+    number `caption_of[i]`. `told` {condition: (pictures, ...)}: what the network is told of each picture besides.
     """
 
     def __init__(
@@ -60,19 +71,26 @@ class Examples:
         *,
         flip: bool,
         objective: Objective | None = None,
+        frames: int | None = None,
+        encode_later: bool = False,
     ) -> None:
-        """`objective` decides the noise; None: the one of the pipeline's family."""
+        """`objective` decides the noise; None: the one of the pipeline's family. `frames`: of clips, how many following
+        ones a batch shows. `encode_later`: captions are encoded in the loss, since text encoders are trained.
+        """
         family = family_of(pipeline)
+        self.frames = frames
+        self.encode: Callable[[Sequence[str]], Conditions] | None = None
+        if encode_later:
+            self.encode = partial(family.encode, pipeline)
         self.device = family.part(pipeline).device
         self.shift, self.scale = family.scaling(pipeline)
         self.objective = objective or family.objective(pipeline)
-        encoded = [
-            encode_pictures(pipeline, pictures, sizes, mirrored) for mirrored in ((False, True) if flip else (False,))
-        ]
+        encode = encode_clips if family.clips else encode_pictures
+        encoded = [encode(pipeline, pictures, sizes, mirrored) for mirrored in ((False, True) if flip else (False,))]
         self.means, self.deviations = [means for means, _ in encoded], [deviations for _, deviations in encoded]
-        captions = list(dict.fromkeys(["", *(picture.caption for picture in pictures)]))
-        self.captions = encode_captions(family, pipeline, captions)
-        number = {caption: at for at, caption in enumerate(captions)}
+        self.texts = list(dict.fromkeys(["", *(picture.caption for picture in pictures)]))
+        self.captions = {} if encode_later else encode_captions(family, pipeline, self.texts)
+        number = {caption: at for at, caption in enumerate(self.texts)}
         self.caption_of = [number[picture.caption] for picture in pictures]
         self.told = stacked([family.picture_conditions(pipeline, *one) for one in zip(pictures, sizes, strict=True)])
 
@@ -87,8 +105,11 @@ class Examples:
         """Latents, conditions, noise and timesteps of these pictures; `generator` (on the CPU) decides all chance."""
         count = len(indices)
         mirrored = torch.randint(0, len(self.means), (count,), generator=generator).tolist()
-        mean = torch.stack([self.means[m][i] for m, i in zip(mirrored, indices, strict=True)])
-        deviation = torch.stack([self.deviations[m][i] for m, i in zip(mirrored, indices, strict=True)])
+        means = [self.means[m][i] for m, i in zip(mirrored, indices, strict=True)]
+        deviations = [self.deviations[m][i] for m, i in zip(mirrored, indices, strict=True)]
+        if self.frames is not None:
+            means, deviations = windows(means, deviations, self.frames, generator)
+        mean, deviation = torch.stack(means), torch.stack(deviations)
         latents = mean + deviation * torch.randn(mean.shape, generator=generator)
         latents = (latents - self.shift) * self.scale
         dropped = (torch.rand(count, generator=generator) < caption_dropout).tolist()
@@ -99,7 +120,20 @@ class Examples:
             latents.to(self.device),
             {name: value.to(self.device) for name, value in conditions.items()},
             self.objective.draw(mean.shape, noise_offset, generator, self.device),
+            [self.texts[number] for number in captions] if self.encode is not None else (),
+            self.encode,
         )
+
+
+def windows(
+    means: Sequence[Tensor], deviations: Sequence[Tensor], frames: int, generator: torch.Generator
+) -> tuple[list[Tensor], list[Tensor]]:
+    """So many following frames of each clip (C, all frames, h, w), from a frame that chance decides."""
+    begins = [int(torch.randint(0, clip.shape[1] - frames + 1, (), generator=generator)) for clip in means]
+    return (
+        [clip[:, at : at + frames] for clip, at in zip(means, begins, strict=True)],
+        [clip[:, at : at + frames] for clip, at in zip(deviations, begins, strict=True)],
+    )
 
 
 @torch.no_grad()
@@ -120,6 +154,25 @@ def encode_pictures(
             found = pipeline.vae.encode(pixels.to(pipeline.vae.device, pipeline.vae.dtype)).latent_dist
             for at, mean, deviation in zip(some, found.mean.float().cpu(), found.std.float().cpu(), strict=True):
                 means[at], deviations[at] = mean.clone(), deviation.clone()
+    return means, deviations
+
+
+@torch.no_grad()
+def encode_clips(
+    pipeline: Any, clips: Sequence[Picture], sizes: Sequence[Size], mirrored: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Mean and deviation (C, frames, h, w) of each clip's latents, float32 on the CPU, before scaling."""
+    means, deviations = [], []
+    for clip, size in zip(clips, sizes, strict=True):
+        frames = frames_of(clip.path)
+        parts = []
+        for begin in range(0, len(frames), AT_ONCE):
+            some = frames[begin : begin + AT_ONCE]
+            pixels = torch.stack([to_pixels(ImageOps.mirror(i) if mirrored else i, size) for i in some])
+            found = pipeline.vae.encode(pixels.to(pipeline.vae.device, pipeline.vae.dtype)).latent_dist
+            parts.append((found.mean.float().cpu(), found.std.float().cpu()))
+        means.append(torch.cat([mean for mean, _ in parts]).transpose(0, 1).contiguous())
+        deviations.append(torch.cat([deviation for _, deviation in parts]).transpose(0, 1).contiguous())
     return means, deviations
 
 

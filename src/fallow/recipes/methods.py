@@ -13,7 +13,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, get_type_hints
@@ -27,6 +28,7 @@ from fallow.core.select import Amount
 from fallow.recipes.adapter_files import base_fingerprints, check_peft, save_full, save_peft
 from fallow.recipes.optimizers import ADAMW as ADAMW_ALONE
 from fallow.recipes.optimizers import Rule
+from fallow.recipes.parts import of_part, parts_of, write_each
 from fallow.selection.largest import Largest
 from fallow.selection.lt_sft import LTSFT
 from fallow.selection.random import Random
@@ -58,7 +60,9 @@ class Order:
     """What a method is made from.
 
     `batches` is walked, more than once if need be, by the methods that look at data before they choose; `loss(network,
-    batch)` is the recipe's. `lr` None: the method's own. `rule`: the optimizer.
+    batch)` is the recipe's. `lr` None: the method's own. `rule`: the optimizer. `network` may
+    be `Parts`. Where options do not say: `targets` are PEFT's target_modules by part ("" for a network that stands
+    alone), and `include` is a regular expression of the weights that the other methods train.
     """
 
     network: nn.Module
@@ -69,6 +73,8 @@ class Order:
     batches: Iterable[Any]
     loss: Callable[[nn.Module, Any], Tensor]
     rule: Rule = field(default_factory=Rule)
+    targets: Mapping[str, Sequence[str] | str] = field(default_factory=dict)
+    include: str | None = None
 
 
 class Trained(Protocol):
@@ -123,7 +129,12 @@ class SelectiveTraining:
         self.optimizer.put(values)
 
     def save_adapter(self, folder: Path, metadata: Mapping[str, Any]) -> None:
-        self.optimizer.save(folder, self.store, **metadata)  # type: ignore[arg-type]
+        delta = self.optimizer.delta(self.store, **metadata)  # type: ignore[arg-type]
+
+        def write(name: str, part: nn.Module, place: Path) -> None:
+            dataclasses.replace(delta, entries=of_part(delta.entries, name)).save(place)
+
+        write_each(self.optimizer.model, folder, write)
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
@@ -174,7 +185,10 @@ class DenseTraining:
             parameter.copy_(values[name])
 
     def save_adapter(self, folder: Path, metadata: Mapping[str, Any]) -> None:
-        self.save(self.network, folder, {**self.metadata, **metadata})
+        def write(name: str, part: nn.Module, place: Path) -> None:
+            self.save(part, place, {**self.metadata, **metadata})
+
+        write_each(self.network, folder, write)
 
     def state_dict(self) -> dict[str, Any]:
         return {"parameters": self.masters(), "optimizer": self.optimizer.state_dict()}
@@ -202,6 +216,8 @@ def _selective(cls: type[Selective], **own: Any) -> Callable[[Order], Trained]:
             raise ConfigError(f"store={store!r} must be 'delta' (scales and merges) or 'value' (bit-exact)")
         if order.lr is not None:
             options["lr"] = order.lr
+        if order.include is not None:
+            options.setdefault("include", order.include)
         if not order.rule.plain:
             told = {name: options.pop(name) for name in ADAMW_ALONE if name in options}
             options["rule"] = dataclasses.replace(order.rule, options={**told, **order.rule.options})
@@ -269,16 +285,16 @@ def _with_peft(order: Order, method: str, kind: str, options: dict[str, Any]) ->
 
     adamw = _adamw(options, order.rule)
     cls = _config_class(kind)
-    if "target_modules" in _fields_of(cls):
-        options.setdefault("target_modules", LORA_TARGETS)
     total = _count(order.network)
     with torch.random.fork_rng(devices=_cuda(order.network)):
         torch.manual_seed(order.seed)
         try:
-            config = cls(**options)
-            check_peft(config)
+            configs = {name: cls(**_targeted(cls, order, name, options)) for name in parts_of(order.network)}
+            for config in configs.values():
+                check_peft(config)
             order.network.requires_grad_(False)
-            inject_adapter_in_model(config, order.network)
+            for name, part in parts_of(order.network).items():
+                inject_adapter_in_model(configs[name], part)
         except ConfigError:
             raise
         except (ValueError, TypeError, NotImplementedError, KeyError) as error:
@@ -291,15 +307,25 @@ def _with_peft(order: Order, method: str, kind: str, options: dict[str, Any]) ->
     return DenseTraining(order.network, lr, adamw, order.rule, total, save_peft, {"method": method})
 
 
+def _targeted(cls: Any, order: Order, part: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with the part's own target_modules, unless it is the network's and they are given."""
+    if "target_modules" not in _fields_of(cls):
+        return dict(options)
+    own = {"target_modules": order.targets.get(part, LORA_TARGETS)}
+    return {**options, **own} if part.startswith("text_encoder") else {**own, **options}
+
+
 def _full(order: Order) -> Trained:
     lr = METHODS["full"].lr if order.lr is None else order.lr
     assert lr is not None
-    order.network.requires_grad_(True)
+    for name, parameter in order.network.named_parameters():
+        parameter.requires_grad_(order.include is None or re.search(order.include, name) is not None)
     adamw = _adamw(dict(order.options), order.rule)
     prints = base_fingerprints(order.network)  # now, while the weights are the base's
 
     def save(network: nn.Module, folder: Path, metadata: dict[str, Any]) -> Path:
-        return save_full(network, folder, prints, metadata)
+        part = next((name for name, module in parts_of(order.network).items() if module is network), "")
+        return save_full(network, folder, of_part(prints, part), metadata)
 
     return DenseTraining(order.network, lr, adamw, order.rule, _count(order.network), save, {"method": "full"})
 

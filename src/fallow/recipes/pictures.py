@@ -224,12 +224,13 @@ def open_picture(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             turned = ImageOps.exif_transpose(image)
-            return _rgb(turned)
+            return rgb(turned)
     except _UNREADABLE as error:
         raise DataError(_broken(Path(path), error)) from None
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def rgb(image: Image.Image) -> Image.Image:
+    """In RGB: on white where transparent, 16 bits brought to 8."""
     if image.mode.startswith("I"):  # Pillow would cut 16-bit grey off at 255
         deep = np.asarray(image).astype(np.float64)
         image = Image.fromarray((deep / (257 if deep.max(initial=0) > 255 else 1)).clip(0, 255).round().astype("uint8"))

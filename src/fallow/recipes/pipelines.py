@@ -23,6 +23,7 @@ from torch import nn
 from fallow import assets
 from fallow.core.errors import AdapterError, ConfigError, ModelError
 from fallow.recipes import adapter_files
+from fallow.recipes.clips import strip
 from fallow.recipes.families import Ask, Family, family_named, family_of
 
 # a tensor by which the single file of a family is known; the first that is in it
@@ -32,6 +33,12 @@ CHECKPOINTS = {
     "double_blocks.0.img_attn.qkv.weight": "FluxPipeline",
     "model.diffusion_model.double_blocks.0.img_attn.qkv.weight": "FluxPipeline",
     "model.diffusion_model.input_blocks.0.0.weight": "StableDiffusionPipeline",
+}
+# the same, of files that hold a part of a pipeline and no more
+PARTIAL = {
+    "down_blocks.0.motion_modules.0.temporal_transformer.norm.weight": "the motion modules of AnimateDiff",
+    "adaln_single.emb.timestep_embedder.linear_1.weight": "the transformer of PixArt",
+    "t_embedder.mlp.0.weight": "a diffusion transformer",
 }
 WHAT_TO_GIVE = "give 'mini-sd', a pipeline directory as diffusers saves it, a .safetensors checkpoint, or a hub id"
 
@@ -69,19 +76,54 @@ def load_pipeline(model: str, device: str | None = None, dtype: torch.dtype = to
     return pipeline
 
 
-def _loaded(model: str) -> Any:
+def kind_of_model(model: str) -> str:
+    """The diffusers pipeline class of a model, of a family that Fallow trains; found without loading it.
+
+    Raises ModelError where the model is not there, or of another family.
+    """
     if not model.strip():
         raise ModelError(f"the model has no name; {WHAT_TO_GIVE}")
-    source = assets.MINI_SD if model == "mini-sd" else Path(model).expanduser()
+    source = place_of(model)
     if source.is_file():
-        return _from_file(source)
-    if source.is_dir():
-        return _from_directory(model, source)
-    if model == "mini-sd":
+        kind = _kind_of_file(source)
+    elif source.is_dir():
+        kind = _kind_of_directory(model, source)
+    elif model == "mini-sd":
         raise ModelError(f"mini-sd is not in {source}; the installation is incomplete: install Fallow again")
-    if is_hub_id(model):
-        return _from_hub(model)
-    raise ModelError(f"model {model} does not exist; {WHAT_TO_GIVE}")
+    elif is_hub_id(model):
+        kind = _kind_on_hub(model)
+    else:
+        raise ModelError(f"model {model} does not exist; {WHAT_TO_GIVE}")
+    family_named(kind, model)
+    return kind
+
+
+def place_of(model: str) -> Path:
+    """Where the model lies if it lies on this machine."""
+    return assets.MINI_SD if model == "mini-sd" else Path(model).expanduser()
+
+
+def _loaded(model: str) -> Any:
+    kind = kind_of_model(model)
+    family, source = family_named(kind), place_of(model)
+    try:
+        if source.is_file():
+            return _pipeline_class(kind).from_single_file(str(source), **family.loading)
+        if source.is_dir():
+            how = _how(family, source)
+            return _pipeline_class(kind).from_pretrained(source, **how, local_files_only=True)
+        return _pipeline_class(kind).from_pretrained(model, **_how(family, None))
+    except _UNLOADABLE as error:
+        if source.is_file():
+            raise ModelError(
+                f"model {source} cannot be loaded ({_first_line(error)}); a single file has no tokenizer and "
+                "configuration, which diffusers fetches from the hub: without a connection give a pipeline directory"
+            ) from None
+        if source.is_dir():
+            raise ModelError(
+                f"model {model} cannot be loaded ({_first_line(error)}); a file is missing or cut off: copy it again"
+            ) from None
+        raise ModelError(_unreachable(model, error)) from None
 
 
 def is_hub_id(model: str) -> bool:
@@ -109,40 +151,33 @@ def quietly() -> Iterator[None]:
                 library.enable_progress_bar()
 
 
-def _from_directory(model: str, folder: Path) -> Any:
+def _kind_of_directory(model: str, folder: Path) -> str:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ModelError(f"model {model} is no pipeline: {folder} has no model_index.json; {WHAT_TO_GIVE}")
     try:
-        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+        return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{index} cannot be read ({error}); copy the model again") from None
-    family = family_named(kind, model)
-    try:
-        return _pipeline_class(kind).from_pretrained(folder, **_how(family, folder), local_files_only=True)
-    except _UNLOADABLE as error:
-        raise ModelError(
-            f"model {model} cannot be loaded ({_first_line(error)}); a file is missing or cut off: copy it again"
-        ) from None
 
 
-def _from_hub(model: str) -> Any:
+def _kind_on_hub(model: str) -> str:
     from diffusers import DiffusionPipeline
 
     try:
-        kind = DiffusionPipeline.load_config(model).get("_class_name", "")
-        family = family_named(kind, model)
-        return _pipeline_class(kind).from_pretrained(model, **_how(family, None))
-    except ModelError:
-        raise
+        return str(DiffusionPipeline.load_config(model).get("_class_name", ""))
     except _UNLOADABLE as error:
-        raise ModelError(
-            f"model {model} is no folder here, and cannot be fetched from the hub ({_first_line(error)}); check the "
-            f"name and the connection, or {WHAT_TO_GIVE}"
-        ) from None
+        raise ModelError(_unreachable(model, error)) from None
 
 
-def _from_file(file: Path) -> Any:
+def _unreachable(model: str, error: BaseException) -> str:
+    return (
+        f"model {model} is no folder here, and cannot be fetched from the hub ({_first_line(error)}); check the "
+        f"name and the connection, or {WHAT_TO_GIVE}"
+    )
+
+
+def _kind_of_file(file: Path) -> str:
     if file.suffix != ".safetensors":
         raise ModelError(f"model {file} is no .safetensors file, and other checkpoints can run code; convert it first")
     try:
@@ -151,17 +186,15 @@ def _from_file(file: Path) -> Any:
     except (SafetensorError, OSError) as error:
         raise ModelError(f"model {file} cannot be read ({error}); it may have been cut off: copy it again") from None
     kind = next((kind for name, kind in CHECKPOINTS.items() if name in names), None)
-    if kind is None:
-        first = f" (its first tensor is {min(names)})" if names else ""
-        raise ModelError(f"model {file} is no checkpoint of a whole model{first}; an adapter is given as --adapter")
-    family = family_named(kind, str(file))
-    try:
-        return _pipeline_class(kind).from_single_file(str(file), **family.loading)
-    except _UNLOADABLE as error:
-        raise ModelError(
-            f"model {file} cannot be loaded ({_first_line(error)}); a single file has no tokenizer and configuration, "
-            "which diffusers fetches from the hub: without a connection give a pipeline directory"
-        ) from None
+    if kind is not None:
+        return kind
+    for name, what in PARTIAL.items():
+        if name in names:
+            raise ModelError(
+                f"model {file} holds {what} alone; give a pipeline directory, which has the other parts too"
+            )
+    first = f" (its first tensor is {min(names)})" if names else ""
+    raise ModelError(f"model {file} is no checkpoint of a whole model{first}; an adapter is given as --adapter")
 
 
 # What diffusers, transformers and huggingface_hub raise for files that are missing, broken or out of reach.
@@ -223,8 +256,11 @@ def generate(
     negative: str | None = None,
     width: int | None = None,
     height: int | None = None,
+    frames: int | None = None,
 ) -> list[Image.Image]:
     """A picture for each prompt, from the noise of the seed beside it: whatever else is in the batch, it is the same.
+
+    Of a model that draws clips, a strip of the clip's frames.
 
     (To the last bit of a pixel only if the matrix products of this machine do not depend on the batch.) The noise is
     drawn on the CPU, so that a seed means the same on every device; the global random state is not touched; parts
@@ -232,6 +268,31 @@ def generate(
     model's own. Warns of a prompt that is longer than the model reads. Raises ConfigError for sides that the
     autoencoder cannot make, or seeds that do not match the prompts.
     """
+    drawn = generate_clips(
+        pipeline, prompts, seeds=seeds, steps=steps, guidance=guidance, negative=negative, width=width, height=height,
+        frames=frames,
+    )  # fmt: skip
+    return [one[0] if len(one) == 1 else strip(one) for one in drawn]
+
+
+def stills(pipeline: Any, prompts: Sequence[str], **how: Any) -> list[Image.Image]:
+    """As `generate`, but of each clip its middle frame: for judges, which know no clips."""
+    return [frames[len(frames) // 2] for frames in generate_clips(pipeline, prompts, **how)]
+
+
+def generate_clips(
+    pipeline: Any,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    steps: int = 25,
+    guidance: float = 3.0,
+    negative: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    frames: int | None = None,
+) -> list[list[Image.Image]]:
+    """The frames for each prompt: one, but for models that draw clips. Arguments and errors as of `generate`."""
     if len(seeds) != len(prompts):
         raise ConfigError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one for each")
     family = family_of(pipeline)
@@ -245,14 +306,23 @@ def generate(
         raise ConfigError(f"{steps} denoising steps are impossible with this model; give 1 to {most}, 25 is usual")
     if not math.isfinite(guidance):
         raise ConfigError(f"guidance={guidance} must be a finite number; 1 is none, 3 to 8 is usual")
+    check_frames(family, pipeline, frames)
     if not prompts:
         return []
     _tell_of_long_prompts(family.longest_prompts(pipeline), prompts)
     noise = [torch.Generator("cpu").manual_seed(seed % 2**63) for seed in seeds]
-    ask = Ask(prompts, noise, steps, guidance, negative, width, height)
+    ask = Ask(prompts, noise, steps, guidance, negative, width, height, frames)
     with drawing_mode(pipeline), torch.no_grad(), quietly():
-        drawn = family.draw(pipeline, ask)
-    return [frames[0] for frames in drawn]
+        return family.draw(pipeline, ask)
+
+
+def check_frames(family: Family, pipeline: Any, frames: int | None) -> None:
+    """ConfigError for frames that the model cannot draw, or that are asked for of one that draws pictures."""
+    most = family.frames(pipeline)
+    if frames is not None and most is None:
+        raise ConfigError(f"frames={frames} is for models that draw clips, not for {family.title}; leave it out")
+    if frames is not None and most is not None and not 2 <= frames <= most:
+        raise ConfigError(f"frames={frames} is impossible with this model; give 2 to {most}")
 
 
 def _tell_of_long_prompts(readers: Iterable[tuple[Any, int]], prompts: Sequence[str]) -> None:

@@ -32,13 +32,17 @@ from fallow.core.files import atomic_write, mark, sweep
 from fallow.recipes import run_directory
 from fallow.recipes.adapter_files import adapter_size
 from fallow.recipes.checkpoints import checkpoints, load_checkpoint, save_checkpoint
-from fallow.recipes.families import family_of
+from fallow.recipes.clips import count, frames_of, read_clips
+from fallow.recipes.families import family_named
+from fallow.recipes.families.animatediff import FRAMES
+from fallow.recipes.flow_matching import FlowMatching
 from fallow.recipes.gallery import sheet
 from fallow.recipes.latents import Batch, CalibrationBatches, Examples, seed_of, seeded
 from fallow.recipes.methods import Order, Trained, make_method, own_rate
 from fallow.recipes.moving_average import MovingAverage
+from fallow.recipes.parts import Parts, parts_of
 from fallow.recipes.pictures import Batches, Picture, Size, fit, open_picture, read_pictures
-from fallow.recipes.pipelines import chosen_device, generate, load_pipeline
+from fallow.recipes.pipelines import check_frames, chosen_device, generate, kind_of_model, load_pipeline
 from fallow.recipes.progress import Journal, forget_peak, peak_memory
 from fallow.recipes.settings import differences, make_config
 from fallow.recipes.train_config import FREE, TrainConfig
@@ -156,19 +160,26 @@ class Run:
         self.step, self.seconds = 0, 0.0  # updates made, and the time they took
         self.warmup = min(100, config.steps // 20) if config.warmup is None else config.warmup
         self.device = chosen_device(config.device)
-        self.pictures = read_pictures(training_folder(config.data), config.prompt)
-        self.class_pictures = read_pictures(config.class_data, config.class_prompt) if config.class_data else []
+        self.family = family_named(kind_of_model(config.model))
+        read = read_clips if self.family.clips else read_pictures  # before a large model is loaded
+        self.pictures = read(training_folder(config.data), config.prompt)
+        self.class_pictures = read(config.class_data, config.class_prompt) if config.class_data else []
         self.say(f"loading {config.model}")
         self.pipeline = load_pipeline(config.model, device=config.device)
-        self.family = family_of(self.pipeline)
-        for part in (self.pipeline.vae, *self.family.encoders(self.pipeline).values()):
-            part.requires_grad_(False)
         self.network = self.family.part(self.pipeline)
+        self.whole = self.in_training()
         self.base = weight_marks(self.pipeline)
         if config.prediction is not None:  # the drawings must believe it too
             scheduler = self.pipeline.scheduler
             self.pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=config.prediction)
-        self.objective = self.family.objective(self.pipeline)
+        self.objective = self.family.objective(
+            self.pipeline, config.prediction, density=config.timestep_density, weighting=config.timestep_weighting
+        )
+        if config.min_snr is not None and isinstance(self.objective, FlowMatching):
+            raise ConfigError(
+                f"min_snr={config.min_snr} is for models of diffusion; {self.family.title} is trained by flow "
+                "matching, whose weights are timestep_weighting=cosmap"
+            )
         self.average: MovingAverage | None = None
 
         self.encode()
@@ -207,7 +218,7 @@ class Run:
         """Latents and embeddings of the pictures and, for prior preservation, of those of the class."""
         config = self.config
         self.say(f"encoding {len(self.pictures)} pictures")
-        self.sizes = self.fitted(self.pictures)
+        self.sizes, self.frames = self.fitted(self.pictures), self.clip_length()
         self.examples = self.encoded(self.pictures, self.sizes)
         self.batches = Batches(self.sizes, config.batch_size * config.accumulation, config.seed)
         self.class_examples: Examples | None = None
@@ -219,12 +230,41 @@ class Run:
             self.class_batches = Batches(sizes, config.batch_size * config.accumulation, seed)
 
     def encoded(self, pictures: Sequence[Picture], sizes: Sequence[Size]) -> Examples:
-        return Examples(self.pipeline, pictures, sizes, flip=self.config.flip, objective=self.objective)
+        return Examples(
+            self.pipeline, pictures, sizes, flip=self.config.flip, objective=self.objective, frames=self.frames,
+            encode_later=self.config.train_text_encoder,
+        )  # fmt: skip
 
     def fitted(self, pictures: Sequence[Picture]) -> list[Size]:
         """The size that each picture is trained at: sides that the network can halve as often as it does."""
         resolution = self.config.resolution or self.family.side(self.pipeline)
         return fit(pictures, resolution, self.family.multiple(self.pipeline), bucket=self.config.bucket)
+
+    def in_training(self) -> nn.Module:
+        """What is trained: the network, or with it the text encoders. All other parts are frozen."""
+        encoders = self.family.encoders(self.pipeline)
+        for part in (self.pipeline.vae, *encoders.values()):
+            part.requires_grad_(False)
+        if not self.config.train_text_encoder:
+            return self.network
+        chosen = {name: encoder for name, encoder in encoders.items() if name in self.family.trained_encoders}
+        for encoder in chosen.values():
+            encoder.requires_grad_(True)
+        return Parts({self.family.network: self.network, **chosen})
+
+    def clip_length(self) -> int | None:
+        """How many frames of a clip are trained together; None where the model draws pictures."""
+        most, asked = self.family.frames(self.pipeline), self.config.frames
+        check_frames(self.family, self.pipeline, asked)
+        if most is None:
+            return None
+        shortest = min(self.pictures, key=lambda clip: count(clip.path))
+        there = count(shortest.path)
+        if asked is not None and there < asked:
+            raise ConfigError(
+                f"frames={asked} is more than the {there} of {shortest.path}; give {there}, or take it out"
+            )
+        return asked or min(most, FRAMES, there)
 
     def draw_class_pictures(self, prompt: str) -> list[Picture]:
         """What the base model draws for the class, kept in the run directory; what is there already is used again."""
@@ -243,17 +283,26 @@ class Run:
         """The network under the chosen method, in training mode."""
         config = self.config
         if config.gradient_checkpointing:
-            self.network.enable_gradient_checkpointing()
+            for part in parts_of(self.whole).values():
+                recompute(part)
         batches = CalibrationBatches(self.example_batch, self.sizes, config.batch_size, config.seed, CALIBRATION)
         rate = config.lr or own_rate(config.method, config.model)
         order = Order(
-            network=self.network, lr=rate, options=config.options, steps=config.steps, seed=config.seed,
-            batches=batches, loss=lambda _, batch: self.loss(batch),
+            network=self.whole, lr=rate, options=config.options, steps=config.steps, seed=config.seed,
+            batches=batches, loss=lambda _, batch: self.loss(batch), targets=self.family.targets(self.pipeline),
+            include=self.included(),
         )  # fmt: skip
         trained = make_method(config.method, order)
-        self.network.train()
+        self.whole.train()
         self.say(f"{config.method}: {trained.trained_parameters:,} of {trained.total_parameters:,} parameters")
         return trained
+
+    def included(self) -> str | None:
+        """Which weights are trained where the method's options do not say; None: all."""
+        inner = self.family.include
+        if inner is None or self.whole is self.network:
+            return inner
+        return rf"^{self.family.network}\..*{inner}|^text_encoder"
 
     def described(self) -> dict[str, Any]:
         """What run.json says of the run from its beginning."""
@@ -442,9 +491,14 @@ class Run:
         return [some[i * len(some) // count] for i in range(count)]
 
     def drawn(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        side = None
+        if self.config.resolution is not None:  # that of training, as near as it can be drawn
+            multiple = math.lcm(self.family.drawing_multiple(self.pipeline), 8)
+            side = max(multiple, self.config.resolution // multiple * multiple)
         return generate(
-            self.pipeline, prompts, seeds=seeds, steps=self.config.sample_steps, guidance=self.config.guidance
-        )
+            self.pipeline, prompts, seeds=seeds, steps=self.config.sample_steps, guidance=self.config.guidance,
+            width=side, height=side, frames=self.frames,
+        )  # fmt: skip
 
     def draw_samples(self, name: str) -> None:
         """samples/<name>.png: the prompts, each from the same noise every time; with the average where there is one."""
@@ -458,8 +512,11 @@ class Run:
 
     def show_examples(self) -> None:
         """samples/examples.png: pictures of the data, cut to the square of the drawings."""
-        opened = [open_picture(picture.path) for picture in self.chosen_pictures()]
-        side = self.family.side(self.pipeline)
+        opened = [
+            frames_of(picture.path)[0] if self.family.clips else open_picture(picture.path)
+            for picture in self.chosen_pictures()
+        ]
+        side = self.config.resolution or self.family.side(self.pipeline)
         self.write_sheet("examples", [ImageOps.fit(picture, (side, side)) for picture in opened])
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
@@ -509,6 +566,14 @@ def weight_marks(pipeline: Any) -> dict[str, str]:
     return {
         f"{part}.{name}": mark(weight) for part, module in parts.items() for name, weight in module.named_parameters()
     }
+
+
+def recompute(part: Any) -> None:
+    """Recompute activations in the backward pass: gradient checkpointing, as diffusers and transformers name it."""
+    if hasattr(part, "enable_gradient_checkpointing"):
+        part.enable_gradient_checkpointing()
+    else:
+        part.gradient_checkpointing_enable()
 
 
 def training_folder(data: str) -> Path:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fallow.core.errors import ConfigError
+from fallow.recipes.flow_matching import Density, Weighting
 from fallow.recipes.methods import check_options
 from fallow.recipes.noise import Prediction
 
@@ -61,6 +62,16 @@ class TrainConfig(BaseModel):
     noise_offset: float = Field(0.0, ge=0, description="Noise shared by a whole channel (0.05 is usual).")
     prediction: Prediction | None = Field(
         None, description="What the network predicts, where the model's scheduler says it wrongly."
+    )
+    timestep_density: Density | None = Field(
+        None, description="Of flow matching (SD3, FLUX): where timesteps fall; logit-normal when not given."
+    )
+    timestep_weighting: Weighting | None = Field(
+        None, description="Of flow matching: weights of the timesteps; none when not given."
+    )
+    train_text_encoder: bool = Field(False, description="Train the text encoders too (not the T5 of SD3 and FLUX).")
+    frames: int | None = Field(
+        None, ge=2, description="Frames of a clip that are trained together, of video models; at most 16 if not given."
     )
     ema: bool = Field(False, description="Draw and save with a moving average of what is trained.")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="How slowly that average moves.")

@@ -29,7 +29,11 @@ class AnimateDiff(Family):
         predicted: Tensor = network(noisy, timesteps, text).sample
         return predicted
 
+    def frames(self, pipeline: Any) -> int:
+        return int(self.part(pipeline).config.motion_max_seq_length)
+
     def draw(self, pipeline: Any, ask: Ask) -> list[list[Image.Image]]:
-        drawn = pipeline(list(ask.prompts), **ask.common(), num_frames=ask.frames or FRAMES)
-        frames: list[list[Image.Image]] = drawn.frames
-        return frames
+        frames = ask.frames or min(FRAMES, self.frames(pipeline))
+        drawn = pipeline(list(ask.prompts), **ask.common(), num_frames=frames)
+        found: list[list[Image.Image]] = drawn.frames
+        return found

@@ -21,14 +21,19 @@ from fallow.recipes.pictures import Picture, Size
 
 Conditions = dict[str, Tensor]
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # of LoRA on CLIP's text encoders
+T5_TARGETS = ("q", "k", "v", "o")
 
 
 class Latents(Protocol):
-    """What the loss needs of a batch: latents (B, C, ..., h, w), their conditions, and what chance decided."""
+    """What the loss needs of a batch: latents (B, C, ..., h, w), what chance decided, and their conditions."""
 
     latents: Tensor
-    conditions: Conditions
     drawn: noise.Draw
+
+    def given(self) -> Conditions:
+        """Their conditions."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -64,9 +69,9 @@ class Family:
     network = "unet"  # the part that denoises, by its name in the pipeline
     network_class = "UNet2DConditionModel"
     text_encoders: tuple[str, ...] = ("text_encoder",)
-    tokenizers: tuple[str, ...] = ("tokenizer",)
     lora_targets: Sequence[str] | str = ATTENTION
-    include: str | None = None  # what is trained of the network where options do not say; None: all
+    include: str | None = None  # what is trained of the network where options do not say, a pattern; None: all
+    trained_encoders: tuple[str, ...] = ("text_encoder",)  # those that are trained where that is asked for
     clips = False  # whether it draws clips of frames
     loading: Mapping[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
 
@@ -80,6 +85,17 @@ class Family:
         """The text encoders that the pipeline has; some may be absent."""
         found = {name: getattr(pipeline, name, None) for name in self.text_encoders}
         return {name: part for name, part in found.items() if part is not None}
+
+    def targets(self, pipeline: Any) -> dict[str, Sequence[str] | str]:
+        """What LoRA is put on, by part; "" is the network where it stands alone."""
+        own: dict[str, Sequence[str] | str] = {"": self.lora_targets, self.network: self.lora_targets}
+        for name, encoder in self.encoders(pipeline).items():
+            own[name] = T5_TARGETS if "T5" in type(encoder).__name__ else ENCODER_TARGETS
+        return {part: targets if isinstance(targets, str) else list(targets) for part, targets in own.items()}
+
+    def frames(self, pipeline: Any) -> int | None:
+        """The most frames of a clip, where it draws clips."""
+        return None
 
     # -- sizes --------------------------------------------------------------------------------------------------------
 
@@ -132,8 +148,10 @@ class Family:
     def loss(self, network: Any, batch: Latents, objective: noise.Objective, **how: Any) -> Tensor:
         """The loss of a batch, a scalar in float32; `how`: arguments of `noise.denoising_loss`."""
 
+        conditions = batch.given()
+
         def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
-            return self.predict(network, noisy, timesteps, batch.conditions)
+            return self.predict(network, noisy, timesteps, conditions)
 
         return noise.denoising_loss(predict, objective, batch.latents, batch.drawn, **how)
 

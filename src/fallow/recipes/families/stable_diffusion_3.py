@@ -48,6 +48,7 @@ class StableDiffusion3(FlowFamily):
     pipelines = ("StableDiffusion3Pipeline",)
     network_class = "SD3Transformer2DModel"
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    trained_encoders = ("text_encoder", "text_encoder_2")  # T5 stays as it is
 
     def encode(self, pipeline: Any, captions: Sequence[str]) -> Conditions:
         some = list(captions)

@@ -20,6 +20,7 @@ class StableDiffusionXL(Family):
     title = "Stable Diffusion XL"
     pipelines = ("StableDiffusionXLPipeline",)
     text_encoders = ("text_encoder", "text_encoder_2")
+    trained_encoders = text_encoders
     loading: Mapping[str, Any] = {}
 
     def encode(self, pipeline: Any, captions: Sequence[str]) -> Conditions:
