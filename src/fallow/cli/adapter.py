@@ -1,4 +1,7 @@
-"""`fallow adapter info | merge | combine | diff`: what can be done with finished adapters."""
+"""`fallow adapter info | merge | combine | diff`: what can be done with finished adapters.
+
+`extract | resize | convert` are in `adapter_forms`.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,23 @@ from typing import Annotated, Any
 
 import typer
 
-from fallow.cli import show
+from fallow.cli import adapter_forms, show
 from fallow.cli.pictures import split_adapter
 
 app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 Adapters = Annotated[
     list[str], typer.Argument(metavar="PATH[:SCALE]...", help="Adapters, each with its scale (1 if not given).")
 ]
+MOST = 12  # layers in a table
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else on stdout.")]
 
 
 @app.callback()
 def adapter() -> None:
-    """Look into adapters, merge them into a base, combine several, see how two differ."""
+    """Look into adapters, merge, combine and compare them; get one out of two checkpoints, resize or convert it."""
+
+
+adapter_forms.register(app)
 
 
 @app.command(epilog="Example: [bold]fallow adapter info runs/sara-blueprint-1/adapter[/]")
@@ -50,6 +57,11 @@ def info(
             for name, b in blocks.items()
         ]
         show.table("", ["block", "trained", "of it", "norm", "largest change"], rows, right=[1, 2, 3, 4])
+    if found.get("layers"):
+        told_of = [(one["layer"], one["shape"], one["rank"], show.number(one["alpha"])) for one in found["layers"]]
+        show.table("", ["layer", "of", "rank", "alpha"], told_of[:MOST], right=[2, 3])
+        if len(found["layers"]) > MOST:
+            show.note(f"and {len(found['layers']) - MOST} more layers; --json has all of them")
     for remark in found["remarks"]:
         show.note(remark)
 

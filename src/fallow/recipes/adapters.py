@@ -14,16 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from fallow import assets
 from fallow.core import sparse
 from fallow.core.errors import AdapterError, ConfigError, ModelError
 from fallow.core.files import atomic_directory
+from fallow.core.linalg import of_product
 from fallow.core.sparse import WEIGHTS, SparseDelta
 from fallow.recipes.adapter_directory import PREFIX, header, read_config, shapes_in
 from fallow.recipes.adapter_files import adapter_size, kind_of, locate
+from fallow.recipes.checkpoint_tensors import tensors_in
+from fallow.recipes.formats import reading
+from fallow.recipes.formats.layers import Adapter, Factors
 from fallow.recipes.pipelines import apply_adapters, load_pipeline, quietly
 from fallow.recipes.run_directory import refuse_read_only
 from fallow.report.run import block_of
@@ -39,17 +43,21 @@ def describe(path: str | Path) -> dict[str, Any]:
 
     `facts`: kind, method, trained entries, tensors, bytes, and what its training noted. `blocks`: for each block of the
     network `trained` entries, `numel` of its adapted weights, `norm` and `largest` of the changes; None where the file
-    alone cannot tell. `remarks`: sentences. Raises AdapterError.
+    alone cannot tell. `layers`: layer, shape, rank and alpha of each in a file of another program.
+    `remarks`: sentences. Raises AdapterError.
     """
     place, kind = locate(path), kind_of(path)
     trained, size = adapter_size(place)
+    layers: list[dict[str, Any]] = []
     if kind == "sparse":
         facts, blocks, remarks = _describe_sparse(SparseDelta.load(place))
+    elif kind in ("file", "parts"):
+        facts, blocks, remarks, layers = _describe_layers(reading.read(place))
     else:
         facts, blocks, remarks = _describe_dense(place, kind)
     told = {"kind": kind, "trained": trained, "bytes": size}
     told |= {name: value for name, value in facts.items() if name not in told and value is not None}
-    return {"facts": told, "blocks": blocks, "remarks": remarks}
+    return {"facts": told, "blocks": blocks, "layers": layers, "remarks": remarks}
 
 
 def _describe_sparse(delta: SparseDelta) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
@@ -109,6 +117,47 @@ def _describe_dense(place: Path, kind: str) -> tuple[dict[str, Any], dict[str, A
     return {**facts, "tensors": len(shapes)}, blocks, remarks
 
 
+def _describe_layers(
+    adapter: Adapter,
+) -> tuple[dict[str, Any], dict[str, Any], list[str], list[dict[str, Any]]]:
+    """Of files of diffusers, kohya and LyCORIS, and of PEFT directories of several parts."""
+    blocks: dict[str, dict[str, Any]] = {}
+    layers: list[dict[str, Any]] = []
+    several, dora = len(adapter.parts) > 1, False
+    for part, name, layer in adapter.layers():
+        block = blocks.setdefault(
+            f"{part}.{block_of(name)}" if several else block_of(name),
+            {"trained": 0, "numel": 0, "norm": 0.0, "largest": None},
+        )
+        block["trained"] += layer.trained
+        block["numel"] += math.prod(layer.shape)
+        rank = alpha = None
+        if isinstance(layer, Factors):
+            rank, alpha = layer.rank, layer.alpha
+            dora |= layer.magnitude is not None
+            norm = abs(layer.scale) * float(of_product(*layer.matrices())[1].norm())
+        else:
+            norm = float(layer.read().double().norm())
+        block["norm"] = math.hypot(block["norm"], norm)
+        place = f"{part}.{name}" if several else name
+        layers.append({"layer": place, "shape": "x".join(map(str, layer.shape)), "rank": rank, "alpha": alpha})
+    ranks = sorted({one["rank"] for one in layers if one["rank"]})
+    alphas = sorted({one["alpha"] for one in layers if one["alpha"] is not None})
+    facts = {
+        "format": adapter.format,
+        "parts": list(adapter.parts),
+        "tensors": len(layers),
+        "ranks": ranks or None,
+        "alphas": alphas or None,
+        "use_dora": dora or None,
+        "metadata": adapter.foreign or None,
+    }
+    remarks = ["norms are of the factors' products, which DoRA then scales"] if dora else []
+    if not any(adapter.base.values()):
+        remarks.append("it has no fingerprint of its base, so that another base is not noticed")
+    return {**adapter.notes, **facts}, blocks, remarks, layers
+
+
 # -- combining --------------------------------------------------------------------------------------------------------
 
 
@@ -120,7 +169,7 @@ def combine(adapters: Sequence[tuple[str, float]], output: Path, *, overwrite: b
     """
     if not adapters:
         raise ConfigError("there is no adapter to combine; give one or more of PATH[:SCALE]")
-    _unused(output, overwrite, directory=output.suffix != ".safetensors")
+    unused(output, overwrite, directory=output.suffix != ".safetensors")
     for path, _ in adapters:
         if (kind := kind_of(path)) != "sparse":
             raise AdapterError(
@@ -232,36 +281,6 @@ def compare_checkpoints(first: Path, second: Path) -> dict[str, Any]:
     }
 
 
-def tensors_in(place: Path) -> dict[str, tuple[Path, str]]:
-    """Name -> (file, key) of every tensor of a checkpoint. In a directory the names begin with the part's folder.
-
-    Where a folder holds several precisions of the same weights, the plain one counts. Raises ModelError.
-    """
-    if place.is_file():
-        files = [place]
-    elif place.is_dir():
-        files = [file for file in sorted(place.rglob("*.safetensors")) if not _variant(file)]
-        files = files or sorted(place.rglob("*.safetensors"))
-    else:
-        raise ModelError(f"{place} does not exist; give a safetensors file, or a directory that holds some")
-    if not files:
-        raise ModelError(f"{place} holds no safetensors file; give a model, a pipeline or an adapter")
-    found: dict[str, tuple[Path, str]] = {}
-    for file in files:
-        inner = file.parent.relative_to(place).as_posix() if place.is_dir() else "."
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118  safe_open is no mapping
-                    found[key if inner == "." else f"{inner}/{key}"] = (file, key)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file} cannot be read ({error}); it may have been cut off: copy it again") from None
-    return found
-
-
-def _variant(file: Path) -> bool:
-    return ".fp16." in file.name or ".non_ema." in file.name
-
-
 def _tensor(file: Path, key: str) -> Tensor:
     with safe_open(file, framework="pt") as opened:
         return opened.get_tensor(key)
@@ -307,12 +326,12 @@ def _free(output: Path, overwrite: bool, model: str) -> None:
         raise ConfigError(
             f"--output {output} is, or lies in or around, the base {model}, which is never written over; give another"
         )
-    _unused(output, overwrite, directory=True)
+    unused(output, overwrite, directory=True)
     if output.is_dir() and any(output.iterdir()) and not (output / "model_index.json").is_file():
         raise ConfigError(f"--output {output} holds something that is no pipeline, which is kept; give another place")
 
 
-def _unused(output: Path, overwrite: bool, *, directory: bool) -> None:
+def unused(output: Path, overwrite: bool, *, directory: bool) -> None:
     """ConfigError where something is there already: of the other sort, or of the same sort unless `overwrite`."""
     if not output.exists():
         above = next(place for place in output.absolute().parents if place.exists())

@@ -1,0 +1,250 @@
+"""Adapters from one file format into another.
+
+convert("style", "kohya", Path("style.safetensors"))
+convert("community.safetensors", "fallow", Path("style.safetensors"), most=Most(fraction=0.05))
+
+    from \\ to      peft, diffusers, kohya            lycoris-diff       fallow (sparse)
+    factors        the same numbers                  multiplied out     multiplied out, the largest entries kept
+    full changes   by singular values (Truncation)   the same numbers   those that are not zero, or the largest
+    sparse         by singular values (Truncation)   filled with zeros  the same numbers
+
+Between the formats of one column of kinds nothing is rounded: there and back is the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from fallow.core.errors import AdapterError, ConfigError, nearest
+from fallow.core.linalg import Truncation
+from fallow.core.sparse import CONFIG, Entry, SparseDelta
+from fallow.recipes.adapter_directory import NETWORKS
+from fallow.recipes.adapter_files import adapter_size, kind_of, locate
+from fallow.recipes.adapters import unused
+from fallow.recipes.approximation import Losses, Most, factored, largest
+from fallow.recipes.checkpoint_tensors import network_tensors, real
+from fallow.recipes.formats import peft, reading, writing
+from fallow.recipes.formats.layers import Adapter, Dense, Factors, Format, Layers, part_of
+
+FORMATS = get_args(Format)
+FACTORS = ("peft", "diffusers", "kohya", "kohya-ldm")
+FOREIGN = "file_metadata"  # what a sparse adapter's metadata call those of the file that it comes from
+
+
+def convert(
+    path: str | Path,
+    to: str,
+    output: Path,
+    *,
+    truncation: Truncation | None = None,
+    most: Most | None = None,
+    base: str | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write an adapter in another format (JSON-able report: written, format, trained, bytes, error, layers, remarks).
+
+    `truncation`: for changes that are no factors and shall become such; `most`: for changes that shall become sparse.
+    `base`: the checkpoint, for sparse adapters that store values. `dtype`: of the factors written, None is as they are.
+    Raises ConfigError for an output that is in use or not of the format, AdapterError for what cannot be converted.
+    """
+    check_format(to)
+    check_output(output, to, overwrite)
+    adapter = load(path, base)
+    losses = Losses()
+    remarks: list[str] = []
+    if to == "fallow":
+        delta = sparse_of(adapter, most or Most(), losses)
+        written = delta.save(output)
+    else:
+        if most is not None and most != Most():
+            raise ConfigError(f"a fraction or budget of entries is kept by sparse adapters, and {to} is none")
+        if to in FACTORS:
+            adapter, remarks = with_factors(adapter, truncation, dtype, losses)
+        written = write(adapter if dtype is None else in_dtype(adapter, dtype), to, output)
+    return {"from": adapter.format, **report(written, to, losses, remarks)}
+
+
+def check_format(to: str) -> None:
+    """ConfigError for a format that is unknown."""
+    if to not in FORMATS:
+        raise ConfigError(f"to={to} is no format that Fallow writes{nearest(to, FORMATS)}")
+
+
+def check_output(output: Path, to: str, overwrite: bool) -> None:
+    """ConfigError where the output is in use, or has a name that the format has no use for."""
+    file = output.suffix == ".safetensors"
+    if to == "peft" and file:
+        raise ConfigError(f"--output {output} is a file, and PEFT's adapters are directories; give a folder")
+    if to in ("kohya", "kohya-ldm", "lycoris-diff") and not file:
+        raise ConfigError(f"--output {output} must be a file for {to}; give NAME.safetensors")
+    unused(output, overwrite, directory=not file)
+    if output.is_dir() and any(output.iterdir()):
+        known = (CONFIG, writing.DIFFUSERS_FILE)
+        if not any((output / name).is_file() for name in known) and not peft.parts_in(output):
+            raise ConfigError(f"--output {output} holds something that is no adapter, and is kept; give another place")
+
+
+def report(written: Path, to: str, losses: Losses, remarks: list[str]) -> dict[str, Any]:
+    """What is told of an adapter that has been written."""
+    trained, size = adapter_size(written)
+    told = {"written": str(written), "format": to, "trained": trained, "bytes": size}
+    return {**told, "error": losses.error, "layers": losses.layers, "remarks": remarks}
+
+
+def write(adapter: Adapter, to: str, output: Path) -> Path:
+    """Write an adapter of factors or full changes in any format but the sparse one."""
+    if to == "peft":
+        return peft.write(adapter, output)
+    if to == "diffusers" and output.suffix != ".safetensors":
+        writing.write(adapter, to, output / writing.DIFFUSERS_FILE)
+        return output
+    return writing.write(adapter, to, output)
+
+
+def in_dtype(adapter: Adapter, dtype: torch.dtype) -> Adapter:
+    """The adapter with factors of this dtype; full changes are left as they are."""
+    parts: dict[str, Layers] = {}
+    for part, name, layer in adapter.layers():
+        if isinstance(layer, Factors):
+            magnitude = None if layer.magnitude is None else layer.magnitude.to(dtype)
+            layer = Factors(layer.down.to(dtype), layer.up.to(dtype), layer.alpha, magnitude)
+        parts.setdefault(part, {})[name] = layer
+    return Adapter(adapter.format, parts, adapter.base, adapter.notes, adapter.foreign)
+
+
+# -- from and to sparse adapters --------------------------------------------------------------------------------------
+
+
+def load(path: str | Path, base: str | None = None) -> Adapter:
+    """An adapter of any kind but `full`, as factors and full changes. `base`: for sparse ones that store values."""
+    place, kind = locate(path), kind_of(path)
+    if kind == "full":
+        raise AdapterError(
+            f"{path} holds all weights and not their changes; get these with: fallow adapter extract BASE {path}"
+        )
+    if kind == "sparse":
+        return of_sparse(with_changes(SparseDelta.load(place), path, base))
+    return reading.read(place)
+
+
+def with_changes(delta: SparseDelta, path: str | Path, base: str | None) -> SparseDelta:
+    """The adapter storing changes; one that stores values is compared with the checkpoint `base`."""
+    if delta.store == "delta":
+        return delta
+    if base is None:
+        raise AdapterError(f"{path} stores values, whose changes are known only beside the base; give --base MODEL")
+    parts, _ = network_tensors(base)
+    found = next((parts[part] for part in NETWORKS if part in parts), {})
+    entries = {}
+    for name, entry in delta.entries.items():
+        if name not in found or found[name].shape != entry.shape:
+            raise AdapterError(f"{path} changes '{name}' {entry.shape}, which {base} has not; give the right --base")
+        weight = real(found[name].read(), name, base).flatten()
+        values = entry.values.to(weight.dtype) - weight[entry.index.long()]
+        entries[name] = Entry(entry.index, values, entry.shape, entry.dtype, entry.fingerprint)
+    return SparseDelta(entries, "delta", delta.metadata)
+
+
+def of_sparse(delta: SparseDelta) -> Adapter:
+    """A sparse adapter's changes in full."""
+    part = part_of(delta.entries)
+    layers: Layers = {name: Dense(partial(filled, entry), entry.shape) for name, entry in delta.entries.items()}
+    base = {name: [entry.fingerprint, entry.dtype] for name, entry in delta.entries.items() if entry.fingerprint}
+    notes = dict(delta.metadata)
+    foreign = notes.pop(FOREIGN, {})
+    return Adapter("fallow", {part: layers}, {part: base} if base else {}, notes, foreign)
+
+
+def filled(entry: Entry) -> Tensor:
+    """The change in full. Entries that were trained and did not move are -0.0, by which they are known again."""
+    change = torch.zeros(entry.numel, dtype=entry.values.dtype)
+    change[entry.index.long()] = torch.where(entry.values == 0, -0.0, entry.values)
+    return change.view(entry.shape)
+
+
+def sparse_of(adapter: Adapter, most: Most, losses: Losses) -> SparseDelta:
+    """A sparse adapter of the changes: the entries that change, or the largest; AdapterError for several parts."""
+    if len(adapter.parts) > 1 or next(iter(adapter.parts)) not in NETWORKS:
+        raise AdapterError(
+            f"the adapter changes {', '.join(adapter.parts)}, and a sparse adapter is of the denoising network alone"
+        )
+    part, layers = next(iter(adapter.parts.items()))
+    for name, layer in layers.items():
+        if isinstance(layer, Factors) and layer.magnitude is not None:
+            raise AdapterError(f"'{name}' is DoRA, whose change depends on the base; merge it, then extract from that")
+
+    def changes() -> Iterator[tuple[str, Tensor]]:
+        for name, layer in layers.items():
+            yield name, layer.read() if isinstance(layer, Dense) else layer.change()
+
+    total = sum(math.prod(layer.shape) for layer in layers.values())
+    base = adapter.base.get(part, {})
+    entries = {}
+    for name, change, index in largest(changes, total, most):
+        if most == Most() and isinstance(layers[name], Dense):
+            flat = change.flatten()
+            index = (flat.ne(0) | flat.signbit()).nonzero().view(-1).to(index.dtype)
+        values = change.flatten()[index.long()].float() + 0.0  # -0.0 + 0.0 is 0.0
+        kept = float(values.double().norm())
+        norm = float(change.double().norm())
+        losses.add(name, norm, math.sqrt(max(norm**2 - kept**2, 0.0)), entries=index.numel())
+        if index.numel():
+            told = base.get(name, ["", "float32"])
+            entries[name] = Entry(index, values, tuple(change.shape), told[1], told[0])
+    notes = {"method": "converted", **adapter.notes}
+    return SparseDelta(entries, "delta", notes | ({FOREIGN: adapter.foreign} if adapter.foreign else {}))
+
+
+# -- to factors -------------------------------------------------------------------------------------------------------
+
+
+def with_factors(
+    adapter: Adapter, how: Truncation | None, dtype: torch.dtype | None, losses: Losses
+) -> tuple[Adapter, list[str]]:
+    """The adapter with every change as factors, and remarks on what has no such: biases, norms, embeddings."""
+    parts: dict[str, Layers] = {}
+    left = 0.0
+    names: list[str] = []
+    for part, name, layer in adapter.layers():
+        if isinstance(layer, Factors):
+            parts.setdefault(part, {})[name] = layer
+            continue
+        if how is None:
+            raise ConfigError(
+                f"'{name}' has a full change, which factors can only come near to; give --rank 16 or --energy 0.9"
+            )
+        change = real(layer.read(), name, "the adapter")
+        if not takes_factors(name, change.shape):
+            names.append(name)
+            left += float(change.double().square().sum())
+            continue
+        if bool(change.any()):
+            made, norm, missing = factored(change, how, dtype or torch.float32)
+            losses.add(name, norm, missing, rank=made.rank)
+            parts.setdefault(part, {})[name] = made
+    if not parts:
+        raise AdapterError("no weight of a linear layer or a convolution changes, so that there is nothing to factor")
+    remarks = [left_out(names, left, left + losses.square)] if names and left else []
+    return Adapter(adapter.format, parts, adapter.base, adapter.notes, adapter.foreign), remarks
+
+
+def takes_factors(name: str, shape: torch.Size | tuple[int, ...]) -> bool:
+    """Whether a weight is that of a linear layer or a convolution, as far as name and shape tell."""
+    return name.endswith(".weight") and 2 <= len(shape) <= 5 and "embeddings." not in name and name[:7] != "shared."
+
+
+def left_out(names: list[str], square: float, of: float) -> str:
+    """The sentence on what LoRA has no place for."""
+    share = 100 * square / of if of else 0.0
+    return (
+        f"{len(names)} biases, norms and embeddings, such as {names[0]}, have no factors and are left out: "
+        f"{share:.3g}% of the squared change"
+    )
