@@ -15,7 +15,7 @@ the hooks of other tools go on working.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from fallow.core.coding import PackedIndex
 from fallow.core.errors import ModelError
 from fallow.core.select import Target
+from fallow.core.sharded import local, part_of
 from fallow.core.stored_weight import StoredWeight
 
 Form = Literal["value", "delta"]
@@ -48,12 +49,14 @@ class Slot:
         self.name = target.name
         self.params = target.params
         self.form = form
-        self.selected = index.numel()
+        self.part = part_of(self.weight)  # None: all of the weight is on this rank
+        self.selected = self.over_ranks(index.numel())
+        self._count: int | None = None
         self.mastered = True
         self._nothing = torch.zeros(1, dtype=self.precision, device=self.weight.device)
         self._place: tuple[Tensor, Tensor] | None = None  # the weight's memory and the entries in it, while not hollow
         self._trained: PackedIndex | None = None  # None: all of the index
-        self._index = PackedIndex(index, target.numel)
+        self._index = PackedIndex(index, local(self.weight).numel())
         first = gather(self.weight, index)
         self._base = self._kept(first)
         self.proxy = nn.Parameter(self._from_values(first.to(self.precision)))
@@ -76,7 +79,7 @@ class Slot:
     @property
     def trained(self) -> Tensor:
         """(k,) sorted flat indices of the entries trained now; not to be changed."""
-        return (self._index if self._trained is None else self._trained).decode()
+        return self.code.decode()
 
     @property
     def live(self) -> Tensor | None:
@@ -90,6 +93,19 @@ class Slot:
         """(n,) the first values, on the weight's device."""
         return self._base.to(self.weight.device, non_blocking=True)
 
+    def over_ranks(self, count: int) -> int:
+        """The sum of such a count over the ranks that hold parts of the weight; each of them must ask."""
+        return count if self.part is None else self.part.total(count)
+
+    @property
+    def count(self) -> int:
+        """The number of entries trained now, over all ranks; the first question after a change is for all of them."""
+        if self.part is None:
+            return self.proxy.numel()
+        if self._count is None:
+            self._count = self.over_ranks(self.proxy.numel())
+        return self._count
+
     def base_of_trained(self) -> Tensor:
         base, live = self.base, self.live
         return (base if live is None else base.index_select(0, live)).to(self.precision)
@@ -99,6 +115,11 @@ class Slot:
         """What the slot keeps between steps, on whatever device: codes, first values, masters (no gradient)."""
         codes = self._index.nbytes + (0 if self._trained is None else self._trained.nbytes)
         return codes + self._base.nbytes + (self.proxy.nbytes if self.mastered else 0)
+
+    @property
+    def code(self) -> PackedIndex:
+        """The packed `trained`; another object after each change of what is trained."""
+        return self._index if self._trained is None else self._trained
 
     @property
     def exact(self) -> bool:
@@ -197,7 +218,7 @@ class Slot:
 
     def _empty(self) -> Tensor:
         """(k,) of one element: shape and dtype without memory; writing into it is an error of torch's."""
-        return self._nothing.expand((self._index if self._trained is None else self._trained).size)
+        return self._nothing.expand(self.code.size)
 
     def _kept(self, first: Tensor) -> Tensor:
         """The first values where they are kept: on the host, unless the form "delta" needs them in each step."""
@@ -245,6 +266,7 @@ class Slot:
         """
         grad, self.proxy.grad = self.proxy.grad, None
         self._trained = PackedIndex(self.trained.index_select(0, kept), self._index.numel)
+        self._count = None
         self.proxy.data = self.proxy.data.index_select(0, kept) if self.mastered else self._empty()
         self.proxy.grad = None if grad is None else grad.index_select(0, kept)
 
@@ -259,7 +281,7 @@ class Slot:
         self._trained = None if live is None else PackedIndex(index.index_select(0, live.to(device)), numel)
         self._base = self._kept(base.to(device, self.weight.dtype, copy=True))
         self.selected = selected
-        self.proxy.grad, self._place = None, None
+        self.proxy.grad, self._place, self._count = None, None, None
         self.proxy.data = master.to(device, self.precision, copy=True) if self.mastered else self._empty()
 
 
@@ -270,12 +292,16 @@ class Capture:
     backward passes add up (accumulation); so do the several calls of one backward under reentrant checkpointing.
 
     `spent` is raised by the optimizer after a step: the next gradient then starts anew even where the loop clears only
-    `model.zero_grad()`, as the Hugging Face Trainer does, which cannot reach the proxies.
+    `model.zero_grad()`, as the Hugging Face Trainer does, which cannot reach the proxies. `consumer` is called with a
+    slot as soon as its gradient is complete. `whole` has the names of weights whose gradient came as one dense tensor.
     """
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self.slots = list(slots)
         self.spent = False
+        self.arrived: Callable[[], None] | None = None  # called when a gradient comes
+        self.consumer: Callable[[Slot], None] | None = None
+        self.whole: set[str] = set()
         self.handles: dict[str, list[RemovableHandle]] = {}
         for slot in self.slots:
             for param in slot.params:
@@ -299,7 +325,13 @@ class Capture:
             param.requires_grad_(False)
 
     def begin(self) -> None:
-        """Called by the hooks: drop gradients that a step has already used."""
+        """Called by the hooks: drop gradients that a step has already used, and tell who listens."""
+        self.forget()
+        if self.arrived is not None:
+            self.arrived()
+
+    def forget(self) -> None:
+        """Drop gradients that a step has already used."""
         if self.spent:
             self.spent = False
             for slot in self.slots:
@@ -314,9 +346,14 @@ class _Gather:
 
     def __call__(self, param: Tensor) -> None:
         grad, param.grad = param.grad, None
-        if grad is not None:
+        if grad is None:
+            return
+        if not (grad.is_sparse and grad._nnz() == 0):  # else it was gathered in row blocks
             self.capture.begin()
             self.slot.accumulate(grad)
+            self.capture.whole.add(self.slot.name)
+        if self.capture.consumer is not None:
+            self.capture.consumer(self.slot)
 
 
 def _refuse_a_second(name: str, param: nn.Parameter) -> None:
@@ -324,8 +361,12 @@ def _refuse_a_second(name: str, param: nn.Parameter) -> None:
         raise ModelError(f"'{name}' is already trained by another selective optimizer; call its close() first")
 
 
-def release(handles: dict[str, list[RemovableHandle]], trainable: Iterable[nn.Parameter]) -> None:
-    """Remove the hooks and let these parameters require gradients again."""
+def release(
+    handles: dict[str, list[RemovableHandle]], trainable: Iterable[nn.Parameter], restore: Callable[[], None] | None
+) -> None:
+    """Remove the hooks, let these parameters require gradients again, and restore what else was changed."""
+    if restore is not None:
+        restore()
     for removable in handles.values():
         for handle in removable:
             handle.remove()
@@ -335,12 +376,13 @@ def release(handles: dict[str, list[RemovableHandle]], trainable: Iterable[nn.Pa
 
 
 def gather(tensor: Tensor, index: Tensor) -> Tensor:
-    """(k,) the entries of a tensor of any layout at flat row-major indices, in its dtype.
+    """(k,) the entries of a tensor of any layout at flat row-major indices, in its dtype; of a sharded one, of the
+    part on this rank.
 
     A sparse gradient (nn.Embedding(sparse=True): rows that were looked up) is read without making it dense; rows that
     it does not hold are zero.
     """
-    tensor = tensor.detach()
+    tensor = local(tensor.detach())
     if isinstance(tensor, StoredWeight):
         return tensor.store.read(index, tensor.dtype)
     if tensor.is_sparse:
@@ -377,7 +419,7 @@ def _flat(tensor: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """
     if isinstance(tensor, StoredWeight):
         return tensor.store.place(index)
-    tensor = tensor.detach()
+    tensor = local(tensor.detach())
     if tensor.is_contiguous():
         return tensor.view(-1), index
     rest, positions = index.long(), torch.zeros_like(index, dtype=torch.int64)

@@ -14,13 +14,14 @@ import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fallow.core.compact import Slot
+from fallow.core.states8bit import AdamW8bit
 
 PART = {"cpu": 1 << 20}  # entries that are materialised at once: what stays in a core's cache
 PART_ON_ACCELERATOR = 1 << 22  # there launches cost more than memory
 PER_TENSOR: set[type[torch.optim.Optimizer]] = {
     torch.optim.AdamW, torch.optim.Adam, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam, torch.optim.SGD,
     torch.optim.RMSprop, torch.optim.Rprop, torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.ASGD,
-    torch.optim.Adafactor,
+    torch.optim.Adafactor, AdamW8bit,
 }  # fmt: skip
 
 

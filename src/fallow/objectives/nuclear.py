@@ -25,6 +25,7 @@ from fallow.core.compact import Slot
 from fallow.core.errors import ConfigError, SelectionError, nearest
 from fallow.core.linalg import Polar, polar
 from fallow.core.select import matrix_shape
+from fallow.core.sharded import gathered, scattered
 
 Mode = Literal["polar", "newton-schulz", "svd"]
 POLAR_MODES: dict[str, Polar] = {"polar": "polar-express", "newton-schulz": "newton-schulz", "svd": "svd"}
@@ -100,7 +101,7 @@ class NuclearNorm:
             for slot in slots
             if (slot.weight.ndim == 2 or (self.convs and slot.weight.ndim > 2))
             and min(matrix_shape(slot.weight)) > self.min_side
-            and slot.proxy.numel() >= self.min_selected
+            and slot.count >= self.min_selected
         ]
 
     def check(self, slots: Sequence[Slot]) -> None:
@@ -116,11 +117,23 @@ class NuclearNorm:
     @torch.no_grad()
     def add(self, slots: Sequence[Slot]) -> None:
         """Add the term to the proxies' gradients; a layer without one counts as having task gradient zero."""
-        for batch in self._batches(self._draw(self.qualify(slots))):
+        self.add_to(self.draw(slots))
+
+    def draw(self, slots: Sequence[Slot]) -> list[Slot]:
+        """The layers that the term takes in this step."""
+        return self._draw(self.qualify(slots))
+
+    @torch.no_grad()
+    def add_to(self, slots: Sequence[Slot]) -> None:
+        """Add the term of these layers to their proxies' gradients."""
+        for batch in self._batches(slots):
             shape = matrix_shape(batch[0].weight)
-            values, indices = [slot.values() for slot in batch], [slot.trained for slot in batch]
-            for slot, part in zip(batch, masked_subgradients(values, indices, shape, self.mode), strict=True):
-                part = (self.weight * part).to(slot.proxy.dtype)
+            # Of sharded weights every rank takes in all entries and makes the factor of the whole.
+            held = [gathered(slot.part, slot.trained, slot.values()) for slot in batch]
+            indices, values = [index for index, _ in held], [value for _, value in held]
+            parts = masked_subgradients(values, indices, shape, self.mode)
+            for slot, index, part in zip(batch, indices, parts, strict=True):
+                part = (self.weight * scattered(slot.part, index, part)[1]).to(slot.proxy.dtype)
                 slot.proxy.grad = part if slot.proxy.grad is None else slot.proxy.grad + part
 
     def _draw(self, slots: list[Slot]) -> list[Slot]:

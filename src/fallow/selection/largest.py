@@ -10,6 +10,7 @@ layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import nn
 
@@ -42,11 +43,15 @@ class Largest(Selective):
         include: Patterns = None,
         exclude: Patterns = None,
         rule: Rule | None = None,
+        row_chunk: int | str | None = None,
+        in_backward: bool = False,
+        state_bits: Literal[8, 32] = 32,
     ) -> None:
         if threshold is None and fraction is None and budget is None:
             fraction = 0.05
         super().__init__(
             model, largest, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, threshold=threshold,
-            fraction=fraction, budget=budget, include=include, exclude=exclude, rule=rule, metadata={"method":
-            "largest"},
+            fraction=fraction, budget=budget, include=include, exclude=exclude, rule=rule,
+            row_chunk=row_chunk, in_backward=in_backward, state_bits=state_bits,
+            metadata={"method": "largest"},
         )  # fmt: skip

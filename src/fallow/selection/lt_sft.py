@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,9 @@ class LTSFT(Selective):
         include: Patterns = None,
         exclude: Patterns = None,
         rule: Rule | None = None,
+        row_chunk: int | str | None = None,
+        in_backward: bool = False,
+        state_bits: Literal[8, 32] = 32,
     ) -> None:
         if fraction is None and budget is None:
             fraction = 0.05
@@ -123,6 +126,7 @@ class LTSFT(Selective):
         super().__init__(
             model, most_moved(moved), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fraction=fraction,
             budget=budget, include=include, exclude=exclude, rule=rule,
+            row_chunk=row_chunk, in_backward=in_backward, state_bits=state_bits,
             metadata={"method": "lt-sft", "dense_steps": dense_steps, "dense_lr": dense_lr},
         )  # fmt: skip
 

@@ -9,6 +9,8 @@ are the same on every machine and do not depend on which other weights are train
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -46,6 +48,9 @@ class Random(Selective):
         include: Patterns = None,
         exclude: Patterns = None,
         rule: Rule | None = None,
+        row_chunk: int | str | None = None,
+        in_backward: bool = False,
+        state_bits: Literal[8, 32] = 32,
         seed: int = 0,
     ) -> None:
         if fraction is None and budget is None and density is None:
@@ -53,5 +58,6 @@ class Random(Selective):
         super().__init__(
             model, random(seed), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fraction=fraction,
             budget=budget, density=density, include=include, exclude=exclude, rule=rule,
+            row_chunk=row_chunk, in_backward=in_backward, state_bits=state_bits,
             metadata={"method": "random", "seed": seed},
         )  # fmt: skip

@@ -26,6 +26,7 @@ import pickle
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -82,6 +83,7 @@ class SaRA(Selective):
         reselect_at: steps (or shares of `total_steps`) after which to re-select; the paper re-selects once, at half.
         reset_state: drop AdamW's moments at a re-selection.
         rule: another torch optimizer in place of AdamW, e.g. `lambda groups: torch.optim.SGD(groups, momentum=0.9)`.
+        row_chunk, in_backward, state_bits: less memory, each with its price; see `Selective`.
         seed: of the choice of layers.
 
     Raises SelectionError, ConfigError or ModelError, before the model is touched.
@@ -114,6 +116,9 @@ class SaRA(Selective):
         total_steps: int | None = None,
         reset_state: bool = False,
         rule: Rule | None = None,
+        row_chunk: int | str | None = None,
+        in_backward: bool = False,
+        state_bits: Literal[8, 32] = 32,
         seed: int = 0,
     ) -> None:
         if threshold is None and fraction is None and budget is None:
@@ -140,6 +145,9 @@ class SaRA(Selective):
             total_steps=total_steps,
             reset_state=reset_state,
             rule=rule,
+            row_chunk=row_chunk,
+            in_backward=in_backward,
+            state_bits=state_bits,
             metadata={"method": "sara", "rank_weight": rank_weight, "rank_layers": rank_layers, "lr": lr, "seed": seed},
         )
 

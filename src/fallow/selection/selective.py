@@ -9,10 +9,11 @@ Every selective method is this class with a selector (which entries) and options
     step       g += penalty;  v = AdamW(v, g);  W.flat[index] = round(v)
     reselect   keep only entries with |v| < threshold            at given steps, inside the first choice
 
-v is a compact float32 copy (the proxy) of the k chosen entries, so training costs 4 bytes each for index, value, first
-value, gradient and two moments: about 24 k bytes, whatever the size of the model. Everything else is frozen bit for
-bit. Source: the engine that SaRA (arXiv 2409.06633) and SHiRA (arXiv 2406.13175) describe, with fp32 masters for the
-chosen entries of low-precision weights, without which steps below 2^-9 |w| would vanish in bfloat16.
+v has k entries, so training costs for each of them: the packed index 1 byte, the first value 4, the gradient 4 and two
+moments 8, about 17 k bytes, whatever the size of the model (no gradient with `in_backward`, 2 bytes for the moments
+with `state_bits=8`). Of float32 weights the values live in the weight alone; low-precision weights add a float32 master
+of 4 bytes, without which steps below 2^-9 |w| would vanish in bfloat16. Everything else is frozen bit for bit. Source:
+the engine that SaRA (arXiv 2409.06633) and SHiRA (arXiv 2406.13175) describe.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -28,13 +29,18 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from fallow.core.chunked import RowBlocks
 from fallow.core.compact import Capture, Form, Slot, gather, release
+from fallow.core.distributed import Averaging, ignore_in_ddp, rank, ranks, refuse_wrapped, start_alike
 from fallow.core.errors import AdapterError, ConfigError, ModelError
 from fallow.core.files import fingerprint
+from fallow.core.in_backward import InBackward
 from fallow.core.schedule import Schedule
 from fallow.core.select import Amount, Patterns, Selection, Selector, Target, checked, eligible, named_weights
+from fallow.core.sharded import gathered, scattered, summed, whole
 from fallow.core.side_branch import kept_as, slot_of
 from fallow.core.sparse import Entry, SparseDelta
+from fallow.core.states8bit import AdamW8bit
 from fallow.core.update import Update
 
 Groups = list[dict[str, Any]]
@@ -47,6 +53,8 @@ class Penalty(Protocol):
 
     def check(self, slots: Sequence[Slot]) -> None: ...
     def add(self, slots: Sequence[Slot]) -> None: ...
+    def draw(self, slots: Sequence[Slot]) -> list[Slot]: ...
+    def add_to(self, slots: Sequence[Slot]) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -62,6 +70,10 @@ class Selective(torch.optim.Optimizer):
     one group that it gets has `names` beside `params`, by which it may make several, of other rates.
     `penalty`: a term added to the gradients after clipping. `reselect_at`: steps, or shares of `total_steps`, after
     which only entries still under the threshold stay in training; moments are kept unless `reset_state`.
+    `row_chunk`: compute weight gradients of Linear and Conv layers in blocks of so many rows, or of such a size
+    ("16MiB"); `dense_gradients` names the weights that go another way. `in_backward`: update each weight within the
+    backward pass, which excludes clipping, accumulation and loss scaling; `step()` then ends the pass. `state_bits`: 8
+    keeps AdamW's moments in a byte each (`core.states8bit`).
     `metadata`: what else the adapter's file says, e.g. the method's name; plain JSON values.
 
     Frozen parameters stay frozen; every other parameter that is not chosen stops requiring a gradient until `close()`.
@@ -91,12 +103,17 @@ class Selective(torch.optim.Optimizer):
         reselect_at: Iterable[int | float] | int | float = (),
         total_steps: int | None = None,
         reset_state: bool = False,
+        row_chunk: int | str | None = None,
+        in_backward: bool = False,
+        state_bits: Literal[8, 32] = 32,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         amount = Amount(threshold, fraction, budget, density, r)
         self.schedule = Schedule(reselect_at, total=total_steps, name="reselect_at")
         model = getattr(model, "_orig_mod", model)  # the module itself, where torch.compile has wrapped it
+        refuse_wrapped(model)
         targets = eligible(model, include, exclude, keep=keep)
+        start_alike([target.weight for target in targets])
         selection = checked(selector(targets, amount), targets, amount)
         if self.schedule.at and selection.threshold is None:
             raise ConfigError(f"reselect_at={self.schedule.at} needs one threshold for the model; {amount} gives none")
@@ -107,17 +124,23 @@ class Selective(torch.optim.Optimizer):
         self.threshold, self.events = selection.threshold, list[dict[str, Any]]()
         self.total_parameters = sum(target.numel for target in targets)
         self._numel = {target.name: target.numel for target in targets}
-        self.slots = {
-            target.name: slot_of(target, selection.index[target.name], form, hollow=rule is None)
+        made = (
+            slot_of(target, selection.index[target.name], form, hollow=rule is None)
             for target in targets
-            if target.name in selection.index and selection.index[target.name].numel()
-        }
+            if target.name in selection.index
+        )
+        self.slots = {slot.name: slot for slot in made if slot.selected}
         self._grouped = list(self.slots)  # the slots behind the proxies of param_groups, in order
         self._shelf: dict[str, Tensor] | None = None  # the trained values, while the model shows others
         self._scale = 1.0
         self._prints: dict[str, str] = {}
         if penalty is not None:
             penalty.check(list(self.slots.values()))
+        if state_bits not in (8, 32):
+            raise ConfigError(f"state_bits={state_bits!r} must be 8 or 32, the bits of each of AdamW's moments")
+        if state_bits == 8 and rule is not None:
+            raise ConfigError("state_bits=8 is about AdamW's moments; leave rule out, or give a rule of 8 bits alone")
+        self._state_bits = state_bits
         self.rule = self._make_rule(rule, {"lr": rate, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         super().__init__(self.rule.param_groups, self.rule.defaults)
         self._follow_rule()
@@ -127,20 +150,61 @@ class Selective(torch.optim.Optimizer):
             **kept_as(self.slots.values()), **(metadata or {}),
         }  # fmt: skip
         trainable = [param for param in model.parameters() if param.requires_grad]
+        if in_backward:
+            self._check_in_backward()
         self.capture = Capture(list(self.slots.values()))
+        self.averaging = Averaging(model, self.capture)
+        self.averaging.check()
+        self.capture.arrived = self.averaging.arrived
+        self._marks: list[Callable[[], None]] = []  # what takes the marks for DistributedDataParallel away again
+        self.ignore_in_ddp(model)
+        if row_chunk is not None and any(slot.part is not None for slot in self.slots.values()):
+            raise ConfigError(
+                f"row_chunk={row_chunk!r} computes gradients of whole weights, and these are sharded; leave it out"
+            )
+        self._blocks = RowBlocks(model, self.capture, row_chunk) if row_chunk is not None else None
+        self.in_backward: InBackward | None = None
+        if in_backward:
+            own = weakref.ref(self)
+
+            def slots() -> list[Slot]:
+                return [] if (one := own()) is None else [one.slots[name] for name in one._grouped]
+
+            def refusal() -> str:
+                return "" if (one := own()) is None else one._refusal()
+
+            self.in_backward = self.capture.consumer = InBackward(self.update, slots, penalty, refusal)
+            self._step_supports_amp_scaling = True  # so that GradScaler leaves the refusal to step()
         chosen = {id(param) for slot in self.slots.values() for param in slot.params}
         for param in trainable:
             if id(param) not in chosen:
                 param.requires_grad_(False)
         # Also where the optimizer is dropped without close(): a model with stray hooks would lose its gradients.
-        self._finalizer = weakref.finalize(self, release, self.capture.handles, trainable)
+        self._finalizer = weakref.finalize(
+            self, _let_go, self.capture.handles, trainable, self._blocks.close if self._blocks else None, self._marks
+        )
         self._finalizer.atexit = False
 
     # -- what is trained ----------------------------------------------------------------------------------------------
 
     def trainable(self) -> list[nn.Parameter]:
         """The compact proxies, one per weight: for `clip_grad_norm_`, and what `param_groups` hold."""
+        if self.in_backward is not None:
+            raise ConfigError(
+                "in_backward=True uses each gradient within the backward pass, so there are none to clip; leave "
+                "clipping out (max_grad_norm=0), or give in_backward=False"
+            )
+        return self._proxies()
+
+    def _proxies(self) -> list[nn.Parameter]:
         return [self.slots[name].proxy for name in self._grouped]
+
+    @property
+    def dense_gradients(self) -> list[str]:
+        """The weights larger than a block of `row_chunk` whose whole gradient is made all the same; known for certain
+        after a backward pass.
+        """
+        return [] if self._blocks is None else self._blocks.dense
 
     @property
     def trained_parameters(self) -> int:
@@ -150,7 +214,7 @@ class Selective(torch.optim.Optimizer):
     @property
     def live_parameters(self) -> int:
         """The number of entries in training now; fewer than chosen after a re-selection."""
-        return sum(proxy.numel() for proxy in self.trainable())
+        return sum(self.slots[name].count for name in self._grouped)
 
     def selected(self) -> dict[str, tuple[int, int]]:
         """{name: (entries chosen at first, entries)} of every eligible weight, in model order."""
@@ -163,24 +227,33 @@ class Selective(torch.optim.Optimizer):
         """One update of the chosen entries; weights without a gradient are skipped, as AdamW does."""
         if not self._finalizer.alive:
             raise ConfigError("this optimizer was closed; make a new one to train on")
-        if self._shelf is not None:
+        if reason := self._refusal():
+            raise ConfigError(reason)
+        if self.in_backward is not None and hasattr(self, "found_inf"):  # GradScaler's way of telling
             raise ConfigError(
-                f"the model shows the adapter at scale {self._scale}; call set_scale(1.0) before training on"
+                "in_backward=True has used the scaled gradients before GradScaler could unscale them; train in "
+                "bfloat16 without loss scaling, or give in_backward=False"
             )
         self.schedule.check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.capture.spent or all(proxy.grad is None for proxy in self.trainable()):  # none since the last step
-            self._check_in_reach()
+        self.synchronize()
         slots = [self.slots[name] for name in self._grouped]
-        if self.penalty is not None:
-            for slot in slots:
-                slot.refresh()
-            self.penalty.add(slots)
-        self.update.apply(slots)
-        self.capture.spent = True
+        if self.in_backward is not None:
+            if not self.in_backward.done:
+                self._check_in_reach()
+            self.in_backward.finish()
+        else:
+            if self.capture.spent or all(slot.proxy.grad is None for slot in slots):  # none since the last step
+                self._check_in_reach()
+            if self.penalty is not None:
+                for slot in slots:
+                    slot.refresh()
+                self.penalty.add(slots)
+            self.update.apply(slots)
+            self.capture.spent = True
         if self.schedule.advance():
             self.reselect()
         return loss
@@ -194,6 +267,51 @@ class Selective(torch.optim.Optimizer):
         for name, slot in self.slots.items():
             slot.put(masters[name])
 
+    # -- several processes --------------------------------------------------------------------------------------------
+
+    def synchronize(self) -> None:
+        """Give every rank the mean of the compact gradients, for whatever looks at them before `step()`.
+
+        It happens by itself at the end of each backward pass and, at the latest, in `step()`; nothing where it has
+        happened since the last gradient. Gradients of sharded weights are averaged by who sharded them.
+        """
+        self.averaging.synchronize()
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Within the block backward passes send nothing: the first ones of an accumulation, where no
+        DistributedDataParallel (whose own `no_sync()` counts too) is around the model.
+        """
+        return self.averaging.no_sync()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self.averaging.done = False
+
+    def ignore_in_ddp(self, module: nn.Module) -> None:
+        """Keep the trained weights out of the buckets of a DistributedDataParallel made around `module` afterwards.
+
+        Needed only where that is a larger module than the one the optimizer was made for.
+        """
+        self._marks.append(ignore_in_ddp(module, [param for slot in self.slots.values() for param in slot.params]))
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale the gradients down to this 2-norm over all of them; returns the norm that they had.
+
+        `nn.utils.clip_grad_norm_(optimizer.trainable(), max_norm)` does the same, but where weights are sharded: it
+        sees this rank's part alone.
+        """
+        self.synchronize()
+        pairs = [(slot, slot.proxy.grad) for slot in self.slots.values() if slot.proxy.grad is not None]
+        norm = nn.utils.get_total_norm([grad for slot, grad in pairs if slot.part is None])
+        group = next((slot.part.group for slot in self.slots.values() if slot.part is not None), None)
+        if group is not None:
+            sharded = nn.utils.get_total_norm([grad for slot, grad in pairs if slot.part is not None])
+            device = next(slot.proxy.device for slot in self.slots.values() if slot.part is not None)
+            norm = (norm.to(device).square() + summed(sharded.to(device).square(), group)).sqrt()
+        nn.utils.clip_grads_with_norm_([slot.proxy for slot, _ in pairs], max_norm, norm)
+        return norm
+
     @torch.no_grad()
     def reselect(self) -> None:
         """Keep in training only entries whose magnitude is still below the threshold; the others stay where they are.
@@ -204,7 +322,8 @@ class Selective(torch.optim.Optimizer):
             raise ConfigError("nothing to re-select by: the choice was not made by one threshold for the model")
         step, of, bound = self.schedule.steps, self.live_parameters, self.threshold
         kept = {name: (self._values(self.slots[name]).abs() < bound).nonzero().view(-1) for name in self._grouped}
-        left = sum(index.numel() for index in kept.values())
+        sizes = {name: self.slots[name].over_ranks(index.numel()) for name, index in kept.items()}
+        left = sum(sizes.values())
         self.events.append({"event": "reselect", "step": step, "kept": left, "of": of})
         if left == 0:  # freezing everything would end the run with an error of autograd's; train on instead
             self.events[-1] |= {"kept": of, "note": "no entry is below the threshold; all stay in training"}
@@ -215,10 +334,13 @@ class Selective(torch.optim.Optimizer):
             state = self.state.get(slot.proxy, {})
             if self.reset_state:
                 self.state.pop(slot.proxy, None)
+            elif isinstance(self.rule, AdamW8bit):
+                self.rule.narrow(slot.proxy, index)
             else:
                 state.update({key: value[index] for key, value in state.items() if _per_entry(value, size)})
-            if index.numel() == 0 and name in self.capture.handles:
+            if sizes[name] == 0 and name in self.capture.handles:
                 self.capture.detach(slot)
+        self.averaging.check()
 
     # -- the adapter in the model -------------------------------------------------------------------------------------
 
@@ -259,9 +381,11 @@ class Selective(torch.optim.Optimizer):
         entries = {}
         for name, slot in self.slots.items():
             present = self._present(slot)
+            values = present if store == "value" else self._moved(slot, present)
+            index, values = gathered(slot.part, slot.index, values)
             entries[name] = Entry(
-                index=slot.index.clone(),
-                values=present if store == "value" else self._moved(slot, present),
+                index=index.clone(),
+                values=values,
                 shape=tuple(slot.weight.shape),
                 dtype=str(slot.weight.dtype).removeprefix("torch."),
                 fingerprint=self._prints[name],
@@ -269,8 +393,14 @@ class Selective(torch.optim.Optimizer):
         return SparseDelta(entries, store, self.metadata | metadata)
 
     def save(self, path: str | PathLike[str], store: Literal["delta", "value"] = "delta", **metadata: Any) -> Path:
-        """Write the adapter: `*.safetensors` gives one file, any other path an adapter directory."""
-        return self.delta(store, **metadata).save(Path(path))
+        """Write the adapter: `*.safetensors` gives one file, any other path an adapter directory.
+
+        Where weights are sharded every rank must call it, and rank 0 writes.
+        """
+        adapter, path = self.delta(store, **metadata), Path(path)
+        if rank() and any(slot.part is not None for slot in self.slots.values()):
+            return path
+        return adapter.save(path)
 
     def load(self, path: str | PathLike[str], scale: float = 1.0, force: bool = False) -> None:
         """Put a saved adapter in place of what was trained, shown at `scale` (0 to 2; more scale, more of the adapter).
@@ -290,6 +420,7 @@ class Selective(torch.optim.Optimizer):
                 slot.write(values)
                 self.slots.setdefault(slot.name, slot)
         self.state.clear()
+        self.averaging.check()
         self.set_scale(scale)
 
     def _plan(self, adapter: SparseDelta) -> Iterator[tuple[Slot, Tensor, Tensor, Tensor, Tensor]]:
@@ -300,12 +431,14 @@ class Selective(torch.optim.Optimizer):
         for name in dict.fromkeys((*self.slots, *entries)):
             slot = self.slots.get(name) or _untrained(name, named[name], self.form, self.update.per_tensor)
             trained, device = slot.trained, slot.weight.device
-            added = entries[name].index.to(device, trained.dtype) if name in entries else trained[:0]
+            added = change = trained[:0]
+            if name in entries:
+                added, change = scattered(slot.part, entries[name].index.to(device), entries[name].values.to(device))
+                added, change = added.to(trained.dtype), change.to(slot.precision)
             index = torch.cat([slot.index, added]).unique()
             base = gather(slot.weight, index)
             values = base.to(slot.precision, copy=True)  # base itself must stay
             if name in entries:
-                change = entries[name].values.to(device, slot.precision)
                 at = torch.searchsorted(index, added)
                 values[at] = change if adapter.store == "value" else values[at] + change
             yield slot, index, base, values, torch.searchsorted(index, trained, out_int32=True)
@@ -313,18 +446,24 @@ class Selective(torch.optim.Optimizer):
     # -- resuming -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs besides the base model: plain tensors and numbers, safe for `weights_only`."""
+        """Everything a resumed run needs besides the base model: plain tensors and numbers, safe for `weights_only`.
+
+        Where weights are sharded every rank must call it, and each gets the state of the whole.
+        """
         self._refresh()
         tensors = {}
         for name, slot in self.slots.items():
+            index, base, weight = gathered(slot.part, slot.index, slot.base, self._present(slot))
+            trained, master = gathered(slot.part, slot.trained, slot.trained if slot.exact else slot.proxy.detach())
+            live = slot.live
             tensors[name] = {
                 "shape": list(slot.weight.shape),
-                "index": slot.index,
-                "base": slot.base,
-                "live": slot.live,
+                "index": index,
+                "base": base,
+                "live": None if live is None else torch.searchsorted(index, trained).to(live.dtype),
                 "selected": slot.selected,
-                "weight": self._present(slot),
-                "master": None if slot.exact else slot.proxy.detach(),
+                "weight": weight,
+                "master": None if slot.exact else master,
             }
         own = {
             "version": STATE_VERSION,
@@ -338,7 +477,8 @@ class Selective(torch.optim.Optimizer):
             "events": [dict(event) for event in self.events],
             "penalty": self.penalty.state_dict() if self.penalty is not None else None,
         }
-        return {**self.rule.state_dict(), "selective": own}
+        state = self.rule.state_dict()
+        return {**state, "state": self._gathered(state["state"]), "selective": own}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -390,23 +530,61 @@ class Selective(torch.optim.Optimizer):
             live, weight, master = held["live"], held["weight"], held["master"]
             if master is None:
                 master = weight if live is None else weight.index_select(0, live)
+            if slot.part is not None:
+                trained = held["index"] if live is None else held["index"].index_select(0, live)
+                trained, master = scattered(slot.part, trained, master)
+                index, base, weight = scattered(slot.part, held["index"], held["base"], weight)
+                live = None if live is None else torch.searchsorted(index, trained)
+                held = {**held, "index": index, "base": base}
             slot.adopt(held["index"], held["base"], live, master, held["selected"])
             slot.write(weight.to(slot.weight.device))
         self.slots, self._grouped = slots, list(own["grouped"])
         for name in self._grouped:
-            if slots[name].proxy.numel():
+            if slots[name].count:
                 self.capture.attach(slots[name])
         self.capture.slots, self.capture.spent = list(slots.values()), False
         if not several:
-            self.rule.param_groups[0]["params"] = self.trainable()
+            self.rule.param_groups[0]["params"] = self._proxies()
         # A copy: torch would take over the very tensors and change them in the next step.
-        self.rule.load_state_dict(copy.deepcopy({key: state_dict[key] for key in ("state", "param_groups")}))
+        moments = self._scattered(state_dict["state"], own["tensors"])
+        self.rule.load_state_dict(copy.deepcopy({"state": moments, "param_groups": state_dict["param_groups"]}))
         self._follow_rule()
         self.threshold, self.events = own["threshold"], [dict(event) for event in own["events"]]
         self.metadata["threshold"] = self.threshold
+        self.averaging.check()
         self.schedule.steps, self.schedule.total = own["steps"], own["total_steps"] or self.schedule.total
         if self.penalty is not None and own["penalty"] is not None:
             self.penalty.load_state_dict(own["penalty"])
+
+    def _scattered(self, state: Mapping[int, Any], tensors: Mapping[str, Any]) -> dict[int, Any]:
+        """The moments of the whole, cut to this rank's parts of sharded weights; those slots know their entries."""
+        found = dict(state)
+        for at, slot in enumerate(self._by_proxy()):
+            if slot.part is None or at not in state:
+                continue
+            live, index = tensors[slot.name]["live"], tensors[slot.name]["index"]
+            trained = index if live is None else index.index_select(0, live)
+            found[at] = {
+                key: scattered(slot.part, trained, value)[1] if _per_entry(value, trained.numel()) else value
+                for key, value in state[at].items()
+            }
+        return found
+
+    def _gathered(self, state: Mapping[int, Any]) -> dict[int, Any]:
+        """The rule's moments with those of sharded weights put together."""
+        found = dict(state)
+        for at, slot in enumerate(self._by_proxy()):
+            if slot.part is not None and at in state:
+                found[at] = {
+                    key: gathered(slot.part, slot.trained, value)[1] if _per_entry(value, slot.proxy.numel()) else value
+                    for key, value in state[at].items()
+                }
+        return found
+
+    def _by_proxy(self) -> list[Slot]:
+        """The slots in the order in which the rule's state numbers their proxies."""
+        slots = {id(slot.proxy): slot for slot in self.slots.values()}
+        return [slots[id(param)] for group in self.rule.param_groups for param in group["params"]]
 
     def close(self) -> None:
         """Remove the hooks and let the model's parameters require gradients as before; the trained weights stay."""
@@ -430,7 +608,7 @@ class Selective(torch.optim.Optimizer):
     # -- parts --------------------------------------------------------------------------------------------------------
 
     def _make_rule(self, rule: Rule | None, options: dict[str, Any]) -> torch.optim.Optimizer:
-        proxies = self.trainable()
+        proxies = self._proxies()
         if rule is not None:
             if tuple(options["betas"]) != (0.9, 0.999) or options["eps"] != 1e-8:
                 raise ConfigError(
@@ -444,6 +622,8 @@ class Selective(torch.optim.Optimizer):
             for own in made.param_groups:
                 own.pop("names", None)
             return made
+        if self._state_bits == 8:
+            return AdamW8bit(proxies, **options)
         fused = all(proxy.device.type in ("cpu", "cuda", "xpu", "mps") for proxy in proxies)
         try:  # one fused kernel over all proxies where the device has it, else torch's own choice
             return torch.optim.AdamW(proxies, **options, fused=fused or None)
@@ -457,6 +637,29 @@ class Selective(torch.optim.Optimizer):
             for slot in self.slots.values():
                 slot.hollow()
         self.param_groups, self.state = self.rule.param_groups, self.rule.state
+
+    def _refusal(self) -> str:
+        """Why the weights may not change now; empty where they may."""
+        if self._shelf is None:
+            return ""
+        return f"the model shows the adapter at scale {self._scale}; call set_scale(1.0) before training on"
+
+    def _check_in_backward(self) -> None:
+        if ranks() > 1 and any(slot.part is None for slot in self.slots.values()):
+            raise ConfigError(
+                f"in_backward=True uses each gradient before the {ranks()} processes could take its mean; give "
+                "in_backward=False, or shard the model with fully_shard"
+            )
+        if not self.update.per_tensor:
+            raise ConfigError(
+                f"in_backward=True needs a rule that treats each tensor by itself, which {type(self.rule).__name__} is "
+                "not known to do; take AdamW or another rule of torch.optim, or in_backward=False"
+            )
+        if several := [slot.name for slot in self.slots.values() if len(slot.params) > 1]:
+            raise ConfigError(
+                f"in_backward=True cannot tell when the gradient of '{several[0]}' is complete: several Parameters "
+                "share its storage; tie the whole Parameter, or give in_backward=False"
+            )
 
     def _check_in_reach(self) -> None:
         """ModelError where no gradient can arrive any more, for which steps would change nothing and say nothing."""
@@ -502,12 +705,24 @@ class Selective(torch.optim.Optimizer):
     def _fingerprint(self) -> None:
         if missing := [name for name in self.slots if name not in self._prints]:
             with self.disabled():
-                self._prints |= {name: fingerprint(self.slots[name].weight.detach()) for name in missing}
+                self._prints |= {name: fingerprint(whole(self.slots[name].weight.detach())) for name in missing}
 
 
 def _untrained(name: str, param: nn.Parameter, form: Form, hollow: bool) -> Slot:
     empty = torch.zeros(0, dtype=torch.int32 if param.numel() < 2**31 else torch.int64, device=param.device)
     return slot_of(Target((name,), (param,), ()), empty, form, hollow)
+
+
+def _let_go(
+    handles: dict[str, Any],
+    trainable: Iterable[nn.Parameter],
+    restore: Callable[[], None] | None,
+    marks: Iterable[Callable[[], None]],
+) -> None:
+    """Give the model back as it was: no hooks, no marks for DistributedDataParallel, gradients where there were."""
+    release(handles, trainable, restore)
+    for undo in marks:
+        undo()
 
 
 def _per_entry(value: Any, size: int) -> bool:

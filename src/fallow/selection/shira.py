@@ -154,6 +154,9 @@ class SHiRA(Selective):
         diagonal: bool = True,
         columns: bool = False,
         rule: Rule | None = None,
+        row_chunk: int | str | None = None,
+        in_backward: bool = False,
+        state_bits: Literal[8, 32] = 32,
         seed: int = 0,
     ) -> None:
         mask = mask or ("rand" if batches is None else "snip")
@@ -179,6 +182,7 @@ class SHiRA(Selective):
         super().__init__(
             model, selector, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, density=density, r=r,
             include=include, exclude=exclude, keep=matrices, form="delta", rule=rule,
+            row_chunk=row_chunk, in_backward=in_backward, state_bits=state_bits,
             metadata={"method": "shira", "mask": mask, "seed": seed, "task": task, "every": every, "offset": offset},
         )  # fmt: skip
 
