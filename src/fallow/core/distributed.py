@@ -25,7 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fallow.core.compact import Capture, Slot
 from fallow.core.errors import ModelError
+from fallow.core.sharded import is_dtensor
 
 BUCKET = 25 << 20  # bytes that travel together, as in DistributedDataParallel
 
@@ -131,20 +133,29 @@ def check_alike(digests: Mapping[str, str]) -> None:
 class Averaging:
     """Takes the mean of compact gradients over the ranks, once after each backward pass.
 
-    `params()` gives the proxies, in the same order on every rank. `arrived()` is called by the gradient hooks,
-    `synchronize()` by whoever needs the mean now; it does nothing where it was taken since the last gradient.
+    `arrived()` is called when a gradient comes, `synchronize()` by whoever needs the mean now; it does nothing where it
+    was taken since the last gradient. Weights that are sharded are left to who sharded them.
     """
 
-    def __init__(self, model: nn.Module, trained: Sequence[nn.Parameter], params: Callable[[], list[nn.Parameter]]):
-        self.params, self.done, self.held = params, False, False
+    def __init__(self, model: nn.Module, capture: Capture) -> None:
+        self.capture, self.done, self.held, self.checked = capture, False, False, False
+        self._model, self._looked = weakref.ref(model), False
         self._task = -1
-        self._trained = [weakref.ref(param) for param in trained]
         self._wrapper: Callable[[], Any] = lambda: None
-        self._look = model.register_forward_pre_hook(self._find_wrapper)
+
+    def check(self) -> None:
+        """ModelError on every rank where one trains other entries than rank 0, or others of another weight."""
+        if ranks() > 1:
+            check_alike({slot.name: digest(slot.trained, slot.base) for slot in self._slots()})
+            self.checked = True
 
     def arrived(self) -> None:
         """A gradient came on this rank: take the mean when this backward pass ends, unless within `no_sync()`."""
+        if ranks() == 1:
+            return
         self.done = False
+        if not self._looked:
+            self._look_for_wrapper()
         wrapper = self._wrapper()
         if self.held or (wrapper is not None and not wrapper.require_backward_grad_sync):
             return
@@ -154,9 +165,13 @@ class Averaging:
             torch.autograd.Variable._execution_engine.queue_callback(self.synchronize)
 
     def synchronize(self) -> None:
-        if not self.done:
-            average_gradients(self.params())
-            self.done = True
+        if ranks() == 1 or self.done:
+            return
+        if not self.checked:  # the ranks met after the optimizer was made
+            self.check()
+        self.capture.forget()
+        average_gradients([slot.proxy for slot in self._slots()])
+        self.done = True
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -166,25 +181,53 @@ class Averaging:
         finally:
             self.held = held
 
-    def _find_wrapper(self, module: nn.Module, args: Any) -> None:
-        """In the first forward pass: remember the DistributedDataParallel around the model, whose no_sync() counts."""
-        self._look.remove()
-        wrapper = nn.parallel.DistributedDataParallel._get_active_ddp_module()
-        if wrapper is None:
+    def _slots(self) -> list[Slot]:
+        return [slot for slot in self.capture.slots if slot.part is None]
+
+    def _look_for_wrapper(self) -> None:
+        """In the next forward pass, find the DistributedDataParallel around the model, whose no_sync() then counts."""
+        self._looked = True
+        if (model := self._model()) is None:
             return
+        place = weakref.ref(self)
+
+        def look(module: nn.Module, args: Any) -> None:
+            hook.remove()
+            wrapper = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+            if wrapper is not None and (held := place()) is not None:
+                held._found(wrapper)
+
+        hook = model.register_forward_pre_hook(look)
+
+    def _found(self, wrapper: Any) -> None:
         self._wrapper = weakref.ref(wrapper)
-        mine = {id(param) for ref in self._trained if (param := ref()) is not None}
+        mine = {id(param) for slot in self.capture.slots for param in slot.params}
         kept = [param for param in wrapper._module_parameters if id(param) in mine]
         if len(kept) > 1:
             warnings.warn(
-                f"DistributedDataParallel keeps dense gradients of {len(kept)} trained weights, since it wraps a "
-                "module around the one that the optimizer was made for; call optimizer.ignore_in_ddp(module) before "
-                "wrapping it",
+                f"DistributedDataParallel keeps dense gradients of {len(kept)} trained weights: it was made before the "
+                "optimizer, or around a larger module; call optimizer.ignore_in_ddp(module) before wrapping that",
                 stacklevel=2,
             )
 
-    def close(self) -> None:
-        self._look.remove()
+
+def start_alike(weights: Iterable[Tensor]) -> None:
+    """Give every rank the weights of rank 0, in place, so that all choose alike; sharded ones are one already."""
+    broadcast(weight for weight in weights if not is_dtensor(weight))
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """ModelError where the model is within a wrapper that holds its gradients, or its weights, in a form of its own."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ModelError(
+            "the model is within DistributedDataParallel, whose buckets hold a dense gradient of every weight; make "
+            "the optimizer for the module inside first, and wrap it then"
+        )
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ModelError(
+            "FullyShardedDataParallel (FSDP1) melts the weights into flat ones, of which no entries can be chosen; "
+            "shard the model with torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
 
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DistributedDataParallel looks for it, on the module it wraps

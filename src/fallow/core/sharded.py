@@ -106,6 +106,24 @@ def part_of(weight: Any) -> Part | None:
     return Part(tuple(weight.shape), dim, offset, held.shape[dim], mesh.get_group(at), held.device)
 
 
+def gathered(part: Part | None, index: Tensor, *columns: Tensor) -> list[Tensor]:
+    """Local indices (k,) and what belongs to each, as [global indices, *columns] over all ranks; themselves where all
+    of the weight is here.
+    """
+    if part is None:
+        return [index, *columns]
+    indices, found = part.gather(index, *columns)
+    return [indices.to(torch.int32 if _product(part.shape) < 2**31 else torch.int64), *found]
+
+
+def scattered(part: Part | None, index: Tensor, *columns: Tensor) -> list[Tensor]:
+    """What `gathered` gives, cut to this rank's part: [local indices, *columns]."""
+    if part is None:
+        return [index, *columns]
+    positions, own = part.to_local(index)
+    return [own.to(index.dtype), *(column.index_select(0, positions) for column in columns)]
+
+
 def summed(tensor: Tensor, group: Any) -> Tensor:
     """The sum over all ranks of a group, in place."""
     dist.all_reduce(tensor, group=group)

@@ -37,6 +37,7 @@ from fallow.core.files import (
     write_tensors,
 )
 from fallow.core.select import named_weights
+from fallow.core.sharded import whole
 
 FORMAT, VERSION = "fallow-sparse", 1
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -181,7 +182,7 @@ class SparseDelta:
         if force:
             return
         for name, entry in self.entries.items():
-            if entry.fingerprint and not matches(entry.fingerprint, named[name], entry.trained_in):
+            if entry.fingerprint and not matches(entry.fingerprint, whole(named[name]), entry.trained_in):
                 raise AdapterError(
                     f"the adapter was trained on another base: '{name}' holds other values ({entry.dtype} in training, "
                     f"{str(named[name].dtype).removeprefix('torch.')} now). Give the base that it was trained on, or "
