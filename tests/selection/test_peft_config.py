@@ -62,7 +62,7 @@ def test_the_choice_is_that_of_the_optimizer_over_all_layers_together(mlp):
     optimizer = fallow.SaRA(mlp(), fraction=0.07, include=WEIGHTS)
     peft = sara(mlp(), fraction=0.07)
     for name, layer in layers(peft).items():
-        assert torch.equal(layer.fallow_delta["default"].index, optimizer.slots[f"{name[-1]}.weight"].index)
+        assert torch.equal(layer.fallow_delta["default"].index, optimizer.delta().entries[f"{name[-1]}.weight"].index)
     assert peft.peft_config["default"].made["threshold"] == optimizer.threshold
 
 
@@ -71,7 +71,7 @@ def test_shiras_masks_are_those_of_the_optimizer(mlp, options):
     optimizer = fallow.SHiRA(mlp(), density=0.03, **options)
     peft = get_peft_model(mlp(), fallow.SHiRAConfig(density=0.03, target_modules="all-linear", **options))
     for name, layer in layers(peft).items():
-        assert torch.equal(layer.fallow_delta["default"].index, optimizer.slots[f"{name[-1]}.weight"].index)
+        assert torch.equal(layer.fallow_delta["default"].index, optimizer.delta().entries[f"{name[-1]}.weight"].index)
 
 
 def test_snip_takes_gradients_gathered_beforehand_and_says_so_without_them(mlp, tmp_path):
@@ -83,7 +83,7 @@ def test_snip_takes_gradients_gathered_beforehand_and_says_so_without_them(mlp, 
     stats = gradients(model, eligible(model, WEIGHTS), batches, loss)
     peft = get_peft_model(model, fallow.SHiRAConfig(mask="snip", target_modules="all-linear", stats=stats))
     for name, layer in layers(peft).items():
-        assert torch.equal(layer.fallow_delta["default"].index, optimizer.slots[f"{name[-1]}.weight"].index)
+        assert torch.equal(layer.fallow_delta["default"].index, optimizer.delta().entries[f"{name[-1]}.weight"].index)
     moved(peft).save_pretrained(tmp_path)
     assert "stats" not in json.loads((tmp_path / "adapter_config.json").read_text())
     assert torch.equal(PeftModel.from_pretrained(mlp(), tmp_path)(batches[0]), peft(batches[0]))

@@ -160,7 +160,7 @@ class _Gather(torch.autograd.Function):
         ctx: Any, weight: Tensor, active: Sequence[tuple[Tensor, Tensor | None, float]], *values: Tensor
     ) -> Tensor:
         ctx.active, ctx.dtypes = active, [value.dtype for value in values]
-        return weight.view_as(weight)
+        return weight.detach()  # a view would lose the memory format of some weights
 
     @staticmethod
     @once_differentiable

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -29,6 +30,8 @@ _TERMS: list[_Term] = []
 class _Part:
     """An adapter's entries in one layer as the penalty sees a slot: those that are trained now."""
 
+    part = None  # all of the weight is here
+
     def __init__(self, weight: nn.Parameter, entries: Entries) -> None:
         self.weight, self.entries, self.precision = weight, entries, precision(weight)
         self.proxy, self.live = entries.values, None
@@ -37,6 +40,10 @@ class _Part:
             self.proxy = nn.Parameter(entries.values.detach().index_select(0, self.live))
             if entries.values.grad is not None:
                 self.proxy.grad = entries.values.grad.index_select(0, self.live)
+
+    @property
+    def count(self) -> int:
+        return self.proxy.numel()
 
     @property
     def trained(self) -> Tensor:
@@ -83,9 +90,13 @@ def add_penalty(penalty: NuclearNorm, sites: Mapping[str, Site], made: Mapping[s
     """Add the term to the gradients of these entries before each step of whatever torch optimizer trains them."""
     term = _Term(penalty, [(site.weight, made[key]) for key, site in sites.items()])
     penalty.check(cast(list[Slot], term.parts()))
-    if not _TERMS:
-        register_optimizer_step_pre_hook(_before_step)
+    _hook_all_optimizers()
     _TERMS.append(term)
+
+
+@cache
+def _hook_all_optimizers() -> None:
+    register_optimizer_step_pre_hook(_before_step)
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -118,7 +118,8 @@ class FallowLayer(nn.Module, BaseTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or name == "base_layer":
+            # Not what others hide on a module, such as hooks; but torch's encoder asks its attention for this one.
+            if name == "base_layer" or (name.startswith("_") and name != "_qkv_same_embed_dim"):
                 raise
             return self.live() if name == self.__dict__.get("tensor") else getattr(self.base_layer, name)
 

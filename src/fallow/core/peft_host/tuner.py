@@ -98,7 +98,7 @@ class FallowModel(BaseTuner):
         for path, module in list(model.named_modules(remove_duplicate=False)):
             for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
                 place = _place(param)
-                if place not in wanted or _inside_an_adapter(path):
+                if place not in wanted:
                     continue
                 key, layer = self._layer_at(model, path, module, name)
                 leader = found.setdefault(place, (key, layer, {}, {}))
@@ -121,7 +121,7 @@ class FallowModel(BaseTuner):
                 return key, layer
         if isinstance(layer := model.get_submodule(path), FallowLayer):  # wrapped a moment ago
             return key, layer
-        if _adaptable(key, module) != name:
+        if _tensor_of(module) != name:
             raise ModelError(f"'{key}.{name}' shares a weight that is to be adapted, in a way of its own; untie it")
         parent_path, _, child = path.rpartition(".")
         return key, self._wrap(key, module, child, model.get_submodule(parent_path))
@@ -132,12 +132,24 @@ class FallowModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         """As above."""
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
-        if not merge:
-            for layer in _layers(self.model):
-                if not layer.merged:
-                    layer.settle()
-        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        for path, layer in list(self.model.named_modules()):
+            if not isinstance(layer, FallowLayer):
+                continue
+            if not merge and not layer.merged:
+                layer.settle()
+            parent_path, _, child = path.rpartition(".")
+            if "base_layer" in parent_path.split("."):  # inside another adapted layer, where PEFT does not look
+                if merge:
+                    layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                setattr(self.model.get_submodule(parent_path), child, layer.base_layer)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def add_weighted_adapter(
         self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "linear"
@@ -198,7 +210,7 @@ def _inside_an_adapter(name: str) -> bool:
 
 def _adaptable(key: str, module: nn.Module) -> str:
     """The name of the module's weight; ModelError where it has none that can be written in place."""
-    tensor = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
+    tensor = _tensor_of(module)
     param = module._parameters.get(tensor)
     kind = type(module).__name__
     if param is None:
@@ -211,6 +223,10 @@ def _adaptable(key: str, module: nn.Module) -> str:
     if getattr(module, "max_norm", None) is not None:
         raise ModelError(f"'{key}' rewrites its own weight in each forward (max_norm={module.max_norm}); exclude it")
     return tensor
+
+
+def _tensor_of(module: nn.Module) -> str:
+    return "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
 
 
 def _place(param: Tensor) -> object:
