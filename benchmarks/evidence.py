@@ -5,8 +5,8 @@
 
 Every method trains the same number of parameters (full fine-tuning: all) for the same steps. First a sweep of learning
 rates for each method on two of the sets with seed 0; the best mean score (`recipes.compare.anchored_score`) fixes the
-method's rate. Then every method at its rate, on every set, with every seed. The ablations of SaRA have its budget and a
-sweep of their own. Seed goes after seed, so that what is there is balanced whenever one looks. A run is one file
+method's rate. Then every method at its rate, on every set, with every seed. The ablations of SaRA have its
+budget and its rate. Seed goes after seed, so that what is there is balanced whenever one looks. A run is one file
 OUT/<name>.json, so that what was stopped goes on where it stands.
 """
 
@@ -44,9 +44,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
     "random": ("random", {}, (1e-3, 3e-3, 9e-3)),
     "largest": ("largest", {}, (1e-3, 3e-3, 9e-3)),
     "full": ("full", {}, (1e-4, 3e-4, 9e-4)),
-    "sara without re-selection": ("sara", {"reselect_at": []}, (3e-3, 6e-3, 1.2e-2)),
-    "sara without nuclear term": ("sara", {"rank_weight": 0.0}, (3e-3, 6e-3, 1.2e-2)),
-    "sara without both": ("sara", {"reselect_at": [], "rank_weight": 0.0}, (3e-3, 6e-3, 1.2e-2)),
+    "sara without re-selection": ("sara", {"reselect_at": []}, (6e-3,)),
+    "sara without nuclear term": ("sara", {"rank_weight": 0.0}, (6e-3,)),
+    "sara without both": ("sara", {"reselect_at": [], "rank_weight": 0.0}, (6e-3,)),
 }
 METHODS = ("sara", "lora", "shira", "random", "largest", "full")
 ABLATIONS = tuple(label for label in VARIANTS if label not in METHODS)
