@@ -13,6 +13,7 @@ fingerprints of the base; a PEFT adapter from elsewhere has none, and is taken f
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -128,12 +129,16 @@ def base_fingerprints(network: nn.Module, names: Sequence[str] | None = None) ->
 
 
 def save_full(
-    network: nn.Module, folder: str | Path, base_fingerprints: Mapping[str, str], metadata: Mapping[str, Any]
+    network: nn.Module,
+    folder: str | Path,
+    base_fingerprints: Mapping[str, str],
+    metadata: Mapping[str, Any],
+    notes: Mapping[str, str] | None = None,
 ) -> Path:
     """Write all parameters of a network as an adapter directory; an older one is replaced when this one is complete.
 
     `base_fingerprints`: those of the weights before training, by `base_fingerprints`. `metadata`: JSON values, shown by
-    `fallow adapter info`. Weights are written in the dtype they have.
+    `fallow adapter info`. Weights are written in the dtype they have. `notes`: what else the file's metadata say.
     """
     own: nn.Module = bare(network)
     parameters = own_parameters(own)
@@ -147,17 +152,24 @@ def save_full(
     base = {name: [base_fingerprints[name], _told(p.dtype)] for name, p in parameters.items()}
     config = {**metadata, "kind": "full", "version": VERSION, "trained": sum(p.numel() for p in parameters.values())}
     with new_directory(folder) as partial:
-        write_tensors(partial / WEIGHTS, parameters, noted(base, metadata))
+        write_tensors(partial / WEIGHTS, parameters, {**(notes or {}), **noted(base, metadata)})
         write_json(partial / CONFIG, config)
         (partial / "README.md").write_text(card("full", metadata, FULL_USE), encoding="utf-8")
     return Path(folder)
 
 
-def save_peft(network: nn.Module, folder: str | Path, metadata: Mapping[str, Any], name: str = "default") -> Path:
+def save_peft(
+    network: nn.Module,
+    folder: str | Path,
+    metadata: Mapping[str, Any],
+    notes: Mapping[str, str] | None = None,
+    name: str = "default",
+) -> Path:
     """Write a network's PEFT adapter as a directory that PEFT's own `PeftModel.from_pretrained(unet, folder)` loads.
 
     `network`: the bare network into which `peft.inject_adapter_in_model` or diffusers' `add_adapter` put the adapter
-    `name`, or the PeftModel around it. `metadata`: JSON values, shown by `fallow adapter info`.
+    `name`, or the PeftModel around it. `metadata`: JSON values, shown by `fallow adapter info`; `notes`: what else the
+    file's metadata say, for other tools.
     """
     from peft import get_peft_model_state_dict
 
@@ -175,7 +187,7 @@ def save_peft(network: nn.Module, folder: str | Path, metadata: Mapping[str, Any
     base = {key: [fingerprint(parameters[key]), _told(parameters[key].dtype)] for key in names}
     with new_directory(folder) as partial:
         settings.save_pretrained(str(partial))
-        write_tensors(partial / WEIGHTS, tensors, noted(base, metadata))
+        write_tensors(partial / WEIGHTS, tensors, {**(notes or {}), **noted(base, metadata)})
         (partial / "README.md").write_text(card(settings.peft_type.value, metadata, PEFT_USE), encoding="utf-8")
     return Path(folder)
 
@@ -281,7 +293,13 @@ def read_change(
     place, kind = locate(path), kind_of(path)
     if kind == "parts":
         name = next((one for one in peft_format.parts_in(place) if one == part or (not part and one in NETWORKS)), None)
-        return None if name is None else read_change(place / name)
+        if name is None:
+            return None
+        if name not in NETWORKS and kind_of(place / name) == "peft":
+            # text encoders bear other names in other versions of transformers, which PEFT does not know of
+            with contextlib.suppress(AdapterError):  # what is no plain LoRA is PEFT's to put there
+                return LayersChange.of(place / name, peft_format.read(place / name, name), name)
+        return read_change(place / name)
     if kind == "file":
         return LayersChange.of(place, reading.read(place, known), part)
     if part is not None:

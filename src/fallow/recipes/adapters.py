@@ -26,7 +26,7 @@ from fallow.core.sparse import WEIGHTS, SparseDelta
 from fallow.recipes.adapter_directory import PREFIX, header, read_config, shapes_in
 from fallow.recipes.adapter_files import adapter_size, kind_of, locate
 from fallow.recipes.checkpoint_tensors import tensors_in
-from fallow.recipes.formats import reading
+from fallow.recipes.formats import peft, reading
 from fallow.recipes.formats.layers import Adapter, Factors
 from fallow.recipes.pipelines import apply_adapters, load_pipeline, quietly
 from fallow.recipes.run_directory import refuse_read_only
@@ -51,7 +51,9 @@ def describe(path: str | Path) -> dict[str, Any]:
     layers: list[dict[str, Any]] = []
     if kind == "sparse":
         facts, blocks, remarks = _describe_sparse(SparseDelta.load(place))
-    elif kind in ("file", "parts"):
+    elif kind == "parts":
+        facts, blocks, remarks, layers = _describe_parts(place)
+    elif kind == "file":
         facts, blocks, remarks, layers = _describe_layers(reading.read(place))
     else:
         facts, blocks, remarks = _describe_dense(place, kind)
@@ -115,6 +117,18 @@ def _describe_dense(place: Path, kind: str) -> tuple[dict[str, Any], dict[str, A
     if not noted.get("base"):
         remarks.append("it has no fingerprint of its base, so that another base is not noticed")
     return {**facts, "tensors": len(shapes)}, blocks, remarks
+
+
+def _describe_parts(
+    place: Path,
+) -> tuple[dict[str, Any], dict[str, Any], list[str], list[dict[str, Any]]]:
+    """Of a directory with an adapter for each part: what each holds, under the part's name."""
+    each = {part: describe(place / part) for part in peft.parts_in(place)}
+    facts = next(iter(each.values()))["facts"] | {"parts": {part: one["facts"]["kind"] for part, one in each.items()}}
+    blocks = {f"{part}.{name}": block for part, one in each.items() for name, block in one["blocks"].items()}
+    layers = [{**of, "layer": f"{part}.{of['layer']}"} for part, one in each.items() for of in one["layers"]]
+    remarks = list(dict.fromkeys(remark for one in each.values() for remark in one["remarks"]))
+    return facts, blocks, remarks, layers
 
 
 def _describe_layers(

@@ -25,7 +25,7 @@ from torch import Tensor
 from fallow.core.errors import AdapterError, ConfigError, nearest
 from fallow.core.linalg import Truncation
 from fallow.core.sparse import CONFIG, Entry, SparseDelta
-from fallow.recipes.adapter_directory import NETWORKS
+from fallow.recipes.adapter_directory import NETWORKS, new_directory
 from fallow.recipes.adapter_files import adapter_size, kind_of, locate
 from fallow.recipes.adapters import unused
 from fallow.recipes.approximation import Losses, Most, factored, largest
@@ -35,6 +35,7 @@ from fallow.recipes.formats.layers import Adapter, Dense, Factors, Format, Layer
 
 FORMATS = get_args(Format)
 FACTORS = ("peft", "diffusers", "kohya", "kohya-ldm")
+MOST_ENTRIES = 2**32  # of one weight; a file may claim any shape
 FOREIGN = "file_metadata"  # what a sparse adapter's metadata call those of the file that it comes from
 
 
@@ -61,8 +62,7 @@ def convert(
     losses = Losses()
     remarks: list[str] = []
     if to == "fallow":
-        delta = sparse_of(adapter, most or Most(), losses)
-        written = delta.save(output)
+        written = write_sparse(adapter, most or Most(), losses, output)
     else:
         if most is not None and most != Most():
             raise ConfigError(f"a fraction or budget of entries is kept by sparse adapters, and {to} is none")
@@ -132,17 +132,36 @@ def load(path: str | Path, base: str | None = None) -> Adapter:
         )
     if kind == "sparse":
         return of_sparse(with_changes(SparseDelta.load(place), path, base))
+    if kind == "parts":
+        return _of_parts(place, base)
     return reading.read(place)
 
 
-def with_changes(delta: SparseDelta, path: str | Path, base: str | None) -> SparseDelta:
+def _of_parts(place: Path, base: str | None) -> Adapter:
+    """A directory of adapters of several parts, which may be of different kinds."""
+    made = Adapter("peft", {})
+    for part in peft.parts_in(place):
+        inner = place / part
+        if kind_of(inner) == "sparse":
+            one = of_sparse(with_changes(SparseDelta.load(inner), inner, base, part), part)
+        elif kind_of(inner) == "peft":
+            one = peft.read(inner, part)
+        else:
+            raise AdapterError(f"{inner} holds all weights and not their changes; extract an adapter from it")
+        made.parts |= one.parts
+        made.base |= one.base
+        made.notes, made.foreign, made.format = made.notes or one.notes, made.foreign or one.foreign, one.format
+    return made
+
+
+def with_changes(delta: SparseDelta, path: str | Path, base: str | None, part: str | None = None) -> SparseDelta:
     """The adapter storing changes; one that stores values is compared with the checkpoint `base`."""
     if delta.store == "delta":
         return delta
     if base is None:
         raise AdapterError(f"{path} stores values, whose changes are known only beside the base; give --base MODEL")
     parts, _ = network_tensors(base)
-    found = next((parts[part] for part in NETWORKS if part in parts), {})
+    found = next((parts[one] for one in ([part] if part else NETWORKS) if one in parts), {})
     entries = {}
     for name, entry in delta.entries.items():
         if name not in found or found[name].shape != entry.shape:
@@ -153,9 +172,9 @@ def with_changes(delta: SparseDelta, path: str | Path, base: str | None) -> Spar
     return SparseDelta(entries, "delta", delta.metadata)
 
 
-def of_sparse(delta: SparseDelta) -> Adapter:
-    """A sparse adapter's changes in full."""
-    part = part_of(delta.entries)
+def of_sparse(delta: SparseDelta, part: str | None = None) -> Adapter:
+    """A sparse adapter's changes in full. `part`: what it changes, where its names do not tell."""
+    part = part or part_of(delta.entries)
     layers: Layers = {name: Dense(partial(filled, entry), entry.shape) for name, entry in delta.entries.items()}
     base = {name: [entry.fingerprint, entry.dtype] for name, entry in delta.entries.items() if entry.fingerprint}
     notes = dict(delta.metadata)
@@ -165,18 +184,38 @@ def of_sparse(delta: SparseDelta) -> Adapter:
 
 def filled(entry: Entry) -> Tensor:
     """The change in full. Entries that were trained and did not move are -0.0, by which they are known again."""
+    if entry.numel > MOST_ENTRIES:
+        raise AdapterError(f"the adapter tells of a weight of {entry.shape}, which no model has; copy it again")
     change = torch.zeros(entry.numel, dtype=entry.values.dtype)
     change[entry.index.long()] = torch.where(entry.values == 0, -0.0, entry.values)
     return change.view(entry.shape)
 
 
-def sparse_of(adapter: Adapter, most: Most, losses: Losses) -> SparseDelta:
-    """A sparse adapter of the changes: the entries that change, or the largest; AdapterError for several parts."""
-    if len(adapter.parts) > 1 or next(iter(adapter.parts)) not in NETWORKS:
-        raise AdapterError(
-            f"the adapter changes {', '.join(adapter.parts)}, and a sparse adapter is of the denoising network alone"
+def write_sparse(adapter: Adapter, most: Most, losses: Losses, output: Path) -> Path:
+    """Write the changes as a sparse adapter; of several parts, as a directory of one for each.
+
+    A fraction is of each part's entries; a budget is for one part alone.
+    """
+    if len(adapter.parts) == 1 and next(iter(adapter.parts)) in NETWORKS:
+        return sparse_of(adapter, next(iter(adapter.parts)), most, losses).save(output)
+    if output.suffix == ".safetensors":
+        raise ConfigError(
+            f"--output {output} is a file, and an adapter of {', '.join(adapter.parts)} is one for each in a folder; "
+            "give a folder"
         )
-    part, layers = next(iter(adapter.parts.items()))
+    if most.budget is not None:
+        raise ConfigError(f"budget={most.budget} is for one part, and the adapter has several; give --fraction")
+    made = {part: sparse_of(adapter, part, most, losses) for part in adapter.parts}
+    with new_directory(output) as partial:
+        for part, delta in made.items():
+            delta.save(partial / part)
+    return output
+
+
+def sparse_of(adapter: Adapter, part: str, most: Most, losses: Losses) -> SparseDelta:
+    """A sparse adapter of one part's changes: the entries that change, or the largest. AdapterError for DoRA."""
+    layers = adapter.parts[part]
+    several = len(adapter.parts) > 1
     for name, layer in layers.items():
         if isinstance(layer, Factors) and layer.magnitude is not None:
             raise AdapterError(f"'{name}' is DoRA, whose change depends on the base; merge it, then extract from that")
@@ -195,7 +234,8 @@ def sparse_of(adapter: Adapter, most: Most, losses: Losses) -> SparseDelta:
         values = change.flatten()[index.long()].float() + 0.0  # -0.0 + 0.0 is 0.0
         kept = float(values.double().norm())
         norm = float(change.double().norm())
-        losses.add(name, norm, math.sqrt(max(norm**2 - kept**2, 0.0)), entries=index.numel())
+        place = f"{part}.{name}" if several else name
+        losses.add(place, norm, math.sqrt(max(norm**2 - kept**2, 0.0)), entries=index.numel())
         if index.numel():
             told = base.get(name, ["", "float32"])
             entries[name] = Entry(index, values, tuple(change.shape), told[1], told[0])

@@ -48,6 +48,8 @@ def resize(
     if truncation is None or (most is not None and most != Most()):
         raise ConfigError(f"{path} is no sparse adapter; give the --rank 8 or the --energy 0.9 that it shall have")
     adapter = convert.load(path)
+    if adapter.format == "fallow":
+        raise ConfigError(f"{path} is a directory of sparse adapters; resize each of them, {path}/unet and the others")
     convert.check_output(output, adapter.format, overwrite)
     losses = Losses()
     made = _factors(adapter, truncation, dtype, losses)

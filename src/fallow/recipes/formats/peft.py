@@ -145,8 +145,11 @@ def _write_part(folder: Path, part: str, layers: Mapping[str, Layer], adapter: A
 def tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
     """`<layer>.lora_A.weight`, `.lora_B.weight` and, for DoRA, `.lora_magnitude_vector`."""
     found: dict[str, Tensor] = {}
+    seen: set[int] = set()  # the parts of a fused layer have one down, of which each gets a copy
     for layer, one in factors.items():
-        found[f"{layer}.lora_A.weight"] = one.down
+        place = one.down.data_ptr()
+        found[f"{layer}.lora_A.weight"] = one.down.clone() if place in seen else one.down
+        seen.add(place)
         ones = [1] * (one.down.ndim - 2)
         found[f"{layer}.lora_B.weight"] = one.up.view(*one.up.shape[:2], *ones)
         if one.magnitude is not None:

@@ -61,7 +61,9 @@ ROLES = {
     "b_norm": "bias",
 }
 # the oldest of diffusers' names: attn1.processor.to_q_lora.down.weight
-OLD = re.compile(r"(.+)\.(?:processor\.)?(to_q|to_k|to_v|to_out|q_proj|k_proj|v_proj|out_proj)_lora\.(down|up)\.weight")
+OLD = re.compile(
+    r"(.+?)(?:\.processor)?\.(to_q|to_k|to_v|to_out|q_proj|k_proj|v_proj|out_proj)_lora\.(down|up)\.weight"
+)
 FOREIGN = {
     "hada_": "LoHa",
     "lokr_": "LoKr",
@@ -236,7 +238,7 @@ class _Reader:
             if layer.startswith(prefix):
                 flat = layer.removeprefix(prefix)
                 wanted = self.known.get(part) or (self.known.get("transformer") if part == "unet" else None) or ()
-                found = names.dotted(flat, wanted) if "." not in flat else flat
+                found = names.dotted(flat, wanted) if "." not in flat else None
                 if found is None:
                     raise AdapterError(
                         f"{self.file} changes the layer '{layer}', whose name Fallow cannot read; give an adapter of "
