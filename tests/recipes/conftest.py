@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,38 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Gives the directory of a tiny pipeline of a kind of `tiny_families.KINDS`, written once in a session."""
+    import tiny_families
+    from transformers import CLIPTokenizer
+
+    place = tmp_path_factory.mktemp("families")
+    tiny_tokenizer(place / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(place / "tokenizer", model_max_length=TOKENS)
+    written: dict[str, Path] = {}
+
+    def folder(kind: str) -> Path:
+        if kind not in written:
+            written[kind] = tiny_families.save(kind, tokenizer, place / kind)
+        return written[kind]
+
+    return folder
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> Path:
+    """A folder of three animated pictures of noise of five 32x32 frames, with captions beside them."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for number in range(3):
+        random = np.random.default_rng(number)
+        first, *others = [Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(5)]
+        first.save(folder / f"{number}.png", save_all=True, append_images=others)
+        (folder / f"{number}.txt").write_text(f"a flag {number}")
     return folder
 
 
