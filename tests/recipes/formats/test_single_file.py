@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fallow.core.errors import AdapterError
+from fallow.core.errors import AdapterError, ConfigError
 from fallow.recipes.convert import convert
 from fallow.recipes.formats import names, reading
 from fallow.recipes.formats.patterns import Pattern, settings
@@ -230,3 +230,33 @@ def test_settings_of_peft_that_other_formats_cannot_hold_are_refused_by_name(tmp
     with pytest.raises(AdapterError, match=message):
         convert(folder, "kohya", tmp_path / "made.safetensors")
     assert not (tmp_path / "made.safetensors").exists()
+
+
+# -- sparse adapters of several parts ---------------------------------------------------------------------------------
+
+
+def test_sparse_adapters_of_several_parts_become_one_file_and_a_folder_again(tmp_path):
+    from fallow.core.sparse import Entry, SparseDelta
+    from fallow.recipes.adapters import describe
+
+    whole = {"unet": "conv_in.weight", "text_encoder": "encoder.layers.0.mlp.fc1.weight"}
+    for number, (part, name) in enumerate(whole.items()):
+        entry = Entry(
+            torch.tensor([1, 5], dtype=torch.int32), torch.tensor([0.5, number - 1.0]), (4, 3), "float32", "f32:a"
+        )
+        SparseDelta({name: entry}, "delta", {"method": "sara"}).save(tmp_path / "parts" / part)
+    file, back = tmp_path / "full.safetensors", tmp_path / "back"
+    convert(tmp_path / "parts", "lycoris-diff", file)
+    assert set(load_file(file)) == {"lora_unet_conv_in.diff", "lora_te_text_model_encoder_layers_0_mlp_fc1.diff"}
+    convert(file, "fallow", back)
+    for part, name in whole.items():
+        one, other = (SparseDelta.load(place / part) for place in (tmp_path / "parts", back))
+        assert torch.equal(one.entries[name].index, other.entries[name].index)
+        assert torch.equal(one.entries[name].values, other.entries[name].values)
+        assert one.entries[name].fingerprint == other.entries[name].fingerprint
+        assert one.metadata == other.metadata
+    found = describe(back)
+    assert found["facts"]["parts"] == {"unet": "sparse", "text_encoder": "sparse"}
+    assert found["facts"]["trained"] == 4
+    with pytest.raises(ConfigError, match="give a folder"):
+        convert(file, "fallow", tmp_path / "one.safetensors")
