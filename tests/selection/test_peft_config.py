@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, ShiraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fallow
@@ -170,6 +171,38 @@ def test_a_saved_adapter_gives_equal_outputs_on_a_fresh_base_without_a_second_ch
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         PeftModel.from_pretrained(mlp(dtype), tmp_path, adapter_name="style")
+
+
+@pytest.mark.parametrize(
+    ("broken", "told"),
+    [
+        ({"made": {}}, "does not say how many entries"),
+        (
+            {"made": {"entries": {"0": 10**15, "2": 389, "4": 36}}},
+            "claims 1000000000000000 entries of a weight of 7680",
+        ),
+        ({"made": {"entries": {"0": "x", "2": 389, "4": 36}}}, "claims 'x' entries"),
+        ({"made": {"entries": {"9": 5}}}, "the adapter trains '9', which Sequential lacks"),
+        ({"method": "none"}, "method='none' is not hosted"),
+    ],
+)
+def test_a_config_that_claims_what_cannot_be_is_refused(mlp, tmp_path, broken, told):
+    moved(sara(mlp())).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | broken))
+    with pytest.raises(fallow.FallowError, match=told):
+        PeftModel.from_pretrained(mlp(), tmp_path)
+
+
+@pytest.mark.parametrize("index", [[5, 5], [7, 3], [0, 80 * 96], [-3, 2]])
+def test_indices_that_do_not_fit_are_refused(mlp, tmp_path, index):
+    moved(sara(mlp())).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.0.fallow_delta.index"][-2:] = torch.tensor(index, dtype=torch.int32)
+    save_file(tensors, file)
+    with pytest.raises(fallow.AdapterError, match="indices do not fit|not loaded"):
+        PeftModel.from_pretrained(mlp(), tmp_path)
 
 
 def test_training_goes_on_from_a_loaded_adapter(mlp, tmp_path):

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor, nn
 
-from fallow.core.errors import ConfigError, SelectionError, nearest
+from fallow.core.errors import AdapterError, ConfigError, SelectionError, nearest
 from fallow.core.peft_host import Delta, FallowConfig, Site, host
 from fallow.core.schedule import Schedule
 from fallow.core.select import Amount, Selection, Selector, Target, index_dtype
@@ -38,6 +38,13 @@ class EntriesConfig(FallowConfig):
     """Entries that a file names, of any selective method: what `fallow.from_sparse` makes."""
 
     method: str = "entries"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.made is not None and not isinstance(self.made.get("entries"), dict):
+            raise AdapterError(
+                f"made={self.made!r} does not say how many entries each layer has; copy the adapter again"
+            )
 
     @property
     def amount(self) -> Amount:
@@ -74,7 +81,7 @@ class EntriesConfig(FallowConfig):
             made = {
                 site.key: Entries.awaiting(counts[site.key], site.weight, self.check_base, self.reselects)
                 for site in sites
-                if counts.get(site.key)
+                if site.key in counts
             }
             if missing := set(counts) - set(made):
                 raise SelectionError(

@@ -56,7 +56,9 @@ class Entries(Delta):
 
     @staticmethod
     def awaiting(count: int, weight: Tensor, check_base: bool, reselects: bool) -> Entries:
-        """As many entries as a file will bring."""
+        """As many entries as a file will bring; AdapterError where a weight of this size cannot have them."""
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= weight.numel():
+            raise AdapterError(f"the adapter claims {count!r} entries of a weight of {weight.numel()}; copy it again")
         index = torch.full((count,), -1, dtype=torch.int32 if weight.numel() < 2**31 else torch.int64)
         return Entries(index.to(weight.device), precision(weight), check_base, reselects)
 
@@ -72,6 +74,8 @@ class Entries(Delta):
         """Take the base's values at `index`, while the weight shows its base. AdapterError where they do not fit."""
         if self.index.is_meta or weight.is_meta:
             raise ModelError(f"{name} is on the meta device and has no values; load the weights first")
+        if self.index.dtype not in (torch.int32, torch.int64):
+            raise AdapterError(f"the adapter's indices of {name} are {self.index.dtype}, not int32 or int64")
         if self.index.device != weight.device:
             self.to(weight.device)
         if self.index.numel() and int(self.index[0]) < 0:
