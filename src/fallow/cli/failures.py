@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ def explained(debug: bool, command: str = "") -> Iterator[None]:
     except KeyboardInterrupt as error:
         if debug:
             traceback.print_exc()
-        show.error(_interrupted(error, command), title="Interrupted")
+        say(_interrupted(error, command), 130, title="Interrupted")
         raise typer.Exit(130) from None
     except BrokenPipeError:
         raise  # the reader has gone (`fallow methods | head`): nobody is left to be told
@@ -42,8 +43,26 @@ def explained(debug: bool, command: str = "") -> Iterator[None]:
         if debug:
             traceback.print_exc()
         message, code = explain(error)
-        show.error(message)
+        say(message, code)
         raise typer.Exit(code) from None
+
+
+def say(message: str, code: int, title: str = "Error") -> None:
+    """Say what went wrong; of several processes that make one run, only one says it.
+
+    Those that `fallow train --processes` started leave it to the process that started them. Where another launcher did,
+    the first process speaks, for a mistake of the user's or an interrupt meets them all.
+    """
+    if "RANK" in os.environ:
+        from fallow.recipes.processes import leave_report
+
+        if leave_report(title, message, code):
+            return
+        if os.environ["RANK"] != "0":
+            if code in (2, 130):
+                return
+            title = f"{title} in process {os.environ['RANK']}"
+    show.error(message, title=title)
 
 
 def explain(error: Exception) -> tuple[str, int]:
