@@ -176,10 +176,10 @@ def test_a_saved_adapter_gives_equal_outputs_on_a_fresh_base_without_a_second_ch
 @pytest.mark.parametrize(
     ("broken", "told"),
     [
-        ({"made": {}}, "does not say how many entries"),
+        ({"made": {}}, "tells no number of entries"),
         (
             {"made": {"entries": {"0": 10**15, "2": 389, "4": 36}}},
-            "claims 1000000000000000 entries of a weight of 7680",
+            "claims 1000000000000000 entries of a weight",
         ),
         ({"made": {"entries": {"0": "x", "2": 389, "4": 36}}}, "claims 'x' entries"),
         ({"made": {"entries": {"9": 5}}}, "the adapter trains '9', which Sequential lacks"),
@@ -201,7 +201,7 @@ def test_indices_that_do_not_fit_are_refused(mlp, tmp_path, index):
     tensors = load_file(file)
     tensors["base_model.model.0.fallow_delta.index"][-2:] = torch.tensor(index, dtype=torch.int32)
     save_file(tensors, file)
-    with pytest.raises(fallow.AdapterError, match="indices do not fit|not loaded"):
+    with pytest.raises(fallow.AdapterError, match=r"indices do not fit|not loaded"):
         PeftModel.from_pretrained(mlp(), tmp_path)
 
 
