@@ -61,7 +61,7 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
 
     monkeypatch.setattr(module, "load_pipeline", load)
     monkeypatch.setattr(module, "apply_adapters", adapt)
-    monkeypatch.setattr(module, "generate", draw)
+    monkeypatch.setattr(module, "stills", draw)
     monkeypatch.setattr(module, "make_judge", lambda *a, **k: Colours())
     monkeypatch.setattr(module, "adapter_size", lambda path: (1300, 5200))
     for half, count, start in (("train", 30, 0), ("test", 20, 500)):

@@ -130,8 +130,7 @@ def test_a_hub_id_that_cannot_be_reached_is_told(monkeypatch):
 def test_single_files_are_known_by_their_tensors(tmp_path):
     file = tmp_path / "model.safetensors"
     for name, says in (
-        ("conditioner.embedders.1.model.ln_final.weight", "StableDiffusionXLPipeline"),
-        ("double_blocks.0.img_attn.qkv.weight", "FluxPipeline"),
+        ("adaln_single.emb.timestep_embedder.linear_1.weight", "holds the transformer of PixArt alone"),
         ("down_blocks.0.lora_A.weight", r"no checkpoint of a whole model .*down_blocks.*--adapter"),
     ):
         save_file({name: torch.zeros(1)}, file)
@@ -145,11 +144,20 @@ def test_single_files_are_known_by_their_tensors(tmp_path):
         load_pipeline(str(tmp_path / "model.ckpt"), "cpu")
 
 
-def test_a_single_file_of_the_right_family_goes_to_diffusers(tmp_path, monkeypatch, tiny_sd):
-    from diffusers import StableDiffusionPipeline
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        ("model.diffusion_model.input_blocks.0.0.weight", "StableDiffusionPipeline"),
+        ("conditioner.embedders.1.model.ln_final.weight", "StableDiffusionXLPipeline"),
+        ("model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight", "StableDiffusion3Pipeline"),
+        ("double_blocks.0.img_attn.qkv.weight", "FluxPipeline"),
+    ],
+)
+def test_a_single_file_goes_to_its_family_in_diffusers(tensor, kind, tmp_path, monkeypatch, tiny_sd):
+    import diffusers
 
     file = tmp_path / "sd.safetensors"
-    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}, file)
+    save_file({tensor: torch.zeros(1)}, file)
     ready = load_pipeline(str(tiny_sd), "cpu")
     asked = {}
 
@@ -157,9 +165,11 @@ def test_a_single_file_of_the_right_family_goes_to_diffusers(tmp_path, monkeypat
         asked.update(how, path=path)
         return ready
 
-    monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", load)
+    monkeypatch.setattr(getattr(diffusers, kind), "from_single_file", load)
     assert load_pipeline(str(file), "cpu") is ready
-    assert (asked["path"], asked["safety_checker"]) == (str(file), None)
+    own = {"safety_checker", "requires_safety_checker"} if kind == "StableDiffusionPipeline" else set()
+    assert asked.keys() == {"path", *own}
+    assert asked["path"] == str(file)
 
 
 def test_a_device_that_is_not_there_is_told(tiny_sd):

@@ -113,7 +113,7 @@ def test_include_restricts_what_is_zeroed(plan, seen):
 
 
 def test_impossible_requests_are_refused_before_anything_is_drawn(plan, seen, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "generate", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr(module, "stills", lambda *_, **__: pytest.fail("drawn"))
     with pytest.raises(ConfigError, match="images=1"):
         probe(plan(images=1))
     with pytest.raises(ConfigError, match="batch=0"):

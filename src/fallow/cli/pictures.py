@@ -54,6 +54,7 @@ def generate(
     negative: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; none: the model's own.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; none: the model's own.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of a clip, of models that draw clips.")] = None,
     grid: Annotated[bool, typer.Option("--grid", help="Also one sheet of all: a row for each prompt.")] = False,
     beside_base: Annotated[
         bool, typer.Option("--beside-base", help="Also draw without the adapters, and a sheet of both.")
@@ -91,6 +92,7 @@ def generate(
         negative=negative,
         width=width,
         height=height,
+        frames=frames,
         scales=factors,
         grid=grid,
         beside_base=beside_base,

@@ -282,6 +282,15 @@ def other_parts(path: str | Path) -> list[str]:
     return [part for part in parts if part not in NETWORKS]
 
 
+def settings_of(path: str | Path) -> dict[str, Any]:
+    """What Fallow noted of the training of an adapter; {} for one from elsewhere."""
+    place, kind = locate(path), kind_of(path)
+    if kind == "parts":
+        place = place / peft_format.parts_in(place)[0]
+    found = header(place / WEIGHTS if place.is_dir() else place).get("metadata", {})
+    return found if isinstance(found, dict) else {}
+
+
 def read_change(
     path: str | Path, part: str | None = None, known: Mapping[str, Collection[str]] | None = None
 ) -> Change | None:

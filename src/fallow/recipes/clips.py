@@ -16,8 +16,8 @@ from pathlib import Path
 
 from PIL import Image, ImageSequence
 
-from fallow.core.errors import DataError
-from fallow.recipes.pictures import Picture, open_picture, read_pictures, rgb
+from fallow.core.errors import ConfigError, DataError
+from fallow.recipes.pictures import Picture, Reading, open_picture, read_pictures, rgb
 
 ANIMATED = (".gif", ".webp", ".png")
 SHOWN_MILLISECONDS = 125  # each frame of a GIF: 8 in a second, as AnimateDiff was trained
@@ -50,6 +50,17 @@ def read_clips(folder: str | Path, prompt: str | None = None) -> list[Picture]:
     return found
 
 
+def clips_alone(
+    folder: Path, concepts: Sequence[str], prompt: str | None, reading: Reading | None = None
+) -> list[Picture]:
+    """As `read_clips`; ConfigError for further folders or masks, which are for pictures."""
+    if concepts:
+        raise ConfigError(f"concepts={list(concepts)} are for models that draw pictures; put all clips into one folder")
+    if reading is not None and (reading.masks or reading.alpha):
+        raise ConfigError("masks and alpha_mask are for models that draw pictures; leave them out for clips")
+    return read_clips(folder, prompt)
+
+
 def count(path: Path) -> int:
     """How many frames a clip has."""
     if path.is_dir():
@@ -70,7 +81,9 @@ def frames_of(path: Path) -> list[Image.Image]:
 
 
 def strip(frames: Sequence[Image.Image]) -> Image.Image:
-    """The frames beside each other as one picture."""
+    """The frames beside each other as one picture; a single frame is the picture."""
+    if len(frames) == 1:
+        return frames[0]
     width, height = frames[0].size
     page = Image.new("RGB", (width * len(frames), height))
     for at, frame in enumerate(frames):

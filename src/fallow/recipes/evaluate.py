@@ -28,7 +28,7 @@ from fallow.core.errors import ConfigError, DataError
 from fallow.core.files import atomic_write
 from fallow.recipes import adapter_files, run_directory
 from fallow.recipes.pictures import Picture, open_picture, read_pictures
-from fallow.recipes.pipelines import apply_adapters, chosen_device, generate, load_pipeline
+from fallow.recipes.pipelines import apply_adapters, chosen_device, load_pipeline, stills
 
 # What each base model could draw before: mini-sd's eight garments in three shades, in the words it was trained on.
 GARMENT_PROMPTS = [
@@ -174,12 +174,15 @@ class Evaluation:
         return pipeline
 
     def draw(self, pipeline: Any, prompts: Sequence[str], seed: int) -> list[Image.Image]:
-        """A picture for each prompt; picture i of seed s starts from the same noise whatever the adapters."""
+        """A picture for each prompt; picture i of seed s starts from the same noise whatever the adapters.
+
+        Of a model that draws clips the middle frame of each: the judges know pictures alone.
+        """
         pictures: list[Image.Image] = []
         for at in range(0, len(prompts), self.batch):
             part = list(prompts[at : at + self.batch])
             seeds = [seed * 1_000_003 + at + i for i in range(len(part))]
-            pictures += generate(pipeline, part, seeds=seeds, steps=self.steps, guidance=self.guidance)
+            pictures += stills(pipeline, part, seeds=seeds, steps=self.steps, guidance=self.guidance)
             self.say(f"{len(pictures)} of {len(prompts)} pictures")
         return pictures
 

@@ -2,6 +2,7 @@
 
 Every PNG carries in its text what made it: prompt, negative prompt, seed, model, adapters with scales, steps, guidance,
 the command. A sweep draws the same prompts and seeds at several scales; `beside_base` draws them without adapters too.
+Of a model that draws clips, a picture is the strip of its frames, and a GIF that moves lies beside it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from fallow.core.errors import ConfigError
 from fallow.core.files import atomic_write
-from fallow.recipes.pipelines import apply_adapters, generate, load_pipeline
+from fallow.recipes.clips import strip, write_gif
+from fallow.recipes.families import family_named
+from fallow.recipes.pipelines import apply_adapters, generate_clips, kind_of_model, load_pipeline
 from fallow.recipes.run_directory import refuse_read_only
 
 SHOWN = 128  # pixels: smaller pictures are enlarged on a sheet, without smoothing, so that a person can see them
@@ -42,6 +45,7 @@ class Drawing:
     negative: str | None = None
     width: int | None = None
     height: int | None = None
+    frames: int | None = None  # of each clip, where the model draws clips
     scales: Sequence[float] = ()  # a sweep: each is a factor on the adapters' own scales
     grid: bool = False
     beside_base: bool = False
@@ -57,7 +61,7 @@ class Drawing:
         for number, prompt in enumerate(self.prompts, 1):
             if not prompt.strip():
                 raise ConfigError(f"prompt {number} is empty; give a text, or leave it out")
-        for name, least in (("steps", 1), ("batch", 1), ("width", 8), ("height", 8)):
+        for name, least in (("steps", 1), ("batch", 1), ("width", 8), ("height", 8), ("frames", 2)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name}={value} is too small; give {least} or more")
@@ -106,7 +110,9 @@ def draw(drawing: Drawing, say: Callable[[str], None] = lambda text: None) -> Dr
         for (at, prompt), seed in wanted
     }
     sheets = [drawing.output / name for name in _sheet_names(drawing)]
-    refuse_overwriting([*names.values(), *sheets], drawing.overwrite)
+    moving = family_named(kind_of_model(drawing.model)).clips
+    animated = [path.with_suffix(".gif") for path in names.values()] if moving else []
+    refuse_overwriting([*names.values(), *animated, *sheets], drawing.overwrite)
     drawn = Drawn()
     made: dict[tuple[str, int, int], Image.Image] = {}
     drawing.output.mkdir(parents=True, exist_ok=True)
@@ -118,13 +124,17 @@ def draw(drawing: Drawing, say: Callable[[str], None] = lambda text: None) -> Dr
             apply_adapters(pipeline, adapters, force=drawing.force)
         for part in _parts(wanted, drawing.batch):
             say(f"{variant.name}: {len(made) + len(part)} of {len(names)} pictures")
-            pictures = generate(
+            clips = generate_clips(
                 pipeline, [prompt for (_, prompt), _ in part], seeds=[seed for _, seed in part], steps=drawing.steps,
                 guidance=drawing.guidance, negative=drawing.negative, width=drawing.width, height=drawing.height,
+                frames=drawing.frames,
             )  # fmt: skip
-            for ((at, prompt), seed), picture in zip(part, pictures, strict=True):
+            for ((at, prompt), seed), frames in zip(part, clips, strict=True):
                 key = (variant.name, at, seed)
-                made[key] = picture
+                made[key] = picture = strip(frames)
+                if moving:
+                    with atomic_write(names[key].with_suffix(".gif")) as partial:
+                        write_gif(frames, partial)
                 _write(picture, names[key], _story(drawing, adapters, prompt=prompt, seed=seed))
                 drawn.pictures.append(names[key])
     prompts, seeds = range(len(drawing.prompts)), drawing.seeds

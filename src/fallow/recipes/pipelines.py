@@ -13,7 +13,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from PIL import Image
@@ -22,9 +22,10 @@ from torch import nn
 
 from fallow import assets
 from fallow.core.errors import AdapterError, ConfigError, ModelError
-from fallow.recipes import adapter_files
+from fallow.recipes import adapter_files, noise
 from fallow.recipes.clips import strip
 from fallow.recipes.families import Ask, Family, family_named, family_of
+from fallow.recipes.noise import Prediction
 
 # a tensor by which the single file of a family is known; the first that is in it
 CHECKPOINTS = {
@@ -225,9 +226,11 @@ def apply_adapters(pipeline: Any, adapters: Sequence[tuple[str | Path, float]], 
     """Put adapters of any kinds on the pipeline's network, and on its text encoders those that change them, in place:
     base + the sum of scale x change.
 
-    All are checked before any weight is touched. Raises AdapterError for one that is broken or fits nothing, or was
-    trained on another base unless `force`.
+    The scheduler is told what they were trained to predict, where that was said in training. All are checked before any
+    weight is touched. Raises AdapterError for one that is broken or fits nothing, or was trained on another base unless
+    `force`, and for adapters that were trained to predict different things.
     """
+    scheduler = believing(pipeline.scheduler, adapters)
     plans = [adapter_files.prepare(trained_part(pipeline), adapters, force=force)]
     for part in dict.fromkeys(part for path, _ in adapters for part in adapter_files.other_parts(path)):
         encoder = getattr(pipeline, part, None)
@@ -238,6 +241,22 @@ def apply_adapters(pipeline: Any, adapters: Sequence[tuple[str | Path, float]], 
         plans.append(adapter_files.prepare(encoder, adapters, force=force, part=part))
     for plan in plans:
         plan.apply()
+    pipeline.scheduler = scheduler
+
+
+def believing(scheduler: Any, adapters: Sequence[tuple[str | Path, float]]) -> Any:
+    """The scheduler with the objective that the adapters were trained with; itself where it has that already."""
+    told = {path: adapter_files.settings_of(path) for path, scale in adapters if scale}
+    predictions = {path: found["prediction"] for path, found in told.items() if found.get("prediction")}
+    if len(set(predictions.values())) > 1:
+        said = "; ".join(f"{path}: {prediction}" for path, prediction in predictions.items())
+        raise AdapterError(f"these adapters were trained to predict different things ({said}); give those of one kind")
+    prediction = next(iter(predictions.values()), None)
+    if prediction in get_args(Prediction) and scheduler.config.get("prediction_type", prediction) != prediction:
+        scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction)
+    if any(found.get("zero_terminal_snr") for found in told.values()):
+        scheduler = noise.zero_terminal(scheduler)
+    return scheduler
 
 
 def trained_part(pipeline: Any) -> nn.Module:
@@ -272,7 +291,7 @@ def generate(
         pipeline, prompts, seeds=seeds, steps=steps, guidance=guidance, negative=negative, width=width, height=height,
         frames=frames,
     )  # fmt: skip
-    return [one[0] if len(one) == 1 else strip(one) for one in drawn]
+    return [strip(frames) for frames in drawn]
 
 
 def stills(pipeline: Any, prompts: Sequence[str], **how: Any) -> list[Image.Image]:
@@ -310,8 +329,8 @@ def generate_clips(
     if not prompts:
         return []
     _tell_of_long_prompts(family.longest_prompts(pipeline), prompts)
-    noise = [torch.Generator("cpu").manual_seed(seed % 2**63) for seed in seeds]
-    ask = Ask(prompts, noise, steps, guidance, negative, width, height, frames)
+    generators = [torch.Generator("cpu").manual_seed(seed % 2**63) for seed in seeds]
+    ask = Ask(prompts, generators, steps, guidance, negative, width, height, frames)
     with drawing_mode(pipeline), torch.no_grad(), quietly():
         return family.draw(pipeline, ask)
 

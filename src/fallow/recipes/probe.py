@@ -29,7 +29,7 @@ from fallow.core.files import atomic_write
 from fallow.recipes.evaluate import opened, own_prompts
 from fallow.recipes.gallery import refuse_overwriting, sheet
 from fallow.recipes.pictures import read_pictures
-from fallow.recipes.pipelines import chosen_device, generate, load_pipeline
+from fallow.recipes.pipelines import chosen_device, load_pipeline, stills, trained_part
 from fallow.report.plots import threshold_plot
 
 SHARES = (0.01, 0.05, 0.1, 0.2, 0.3, 0.5)
@@ -74,7 +74,7 @@ def probe(plan: Probe, say: Callable[[str], None] = lambda text: None) -> dict[s
     refuse_overwriting(list(targets.values()), plan.overwrite)
     pipeline = load_pipeline(plan.model, device=plan.device)
     shares = list(plan.shares) or ([] if plan.thresholds else list(SHARES))
-    thresholds = asked_thresholds(eligible(pipeline.unet, plan.include, plan.exclude), plan.thresholds, shares)
+    thresholds = asked_thresholds(eligible(trained_part(pipeline), plan.include, plan.exclude), plan.thresholds, shares)
     judge = make_judge(plan.vision, plan.clip, device=str(chosen_device(plan.device)))
     prompts = list(plan.prompts) or own_prompts(plan.model, plan.vision, plan.clip)
     prompts = [prompts[at % len(prompts)] for at in range(plan.images)]
@@ -84,7 +84,7 @@ def probe(plan: Probe, say: Callable[[str], None] = lambda text: None) -> dict[s
         for at in range(0, len(prompts), plan.batch):
             part = prompts[at : at + plan.batch]
             seeds = [first_seed + at + number for number in range(len(part))]
-            pictures += generate(pipeline, part, seeds=seeds, steps=plan.steps, guidance=plan.guidance)
+            pictures += stills(pipeline, part, seeds=seeds, steps=plan.steps, guidance=plan.guidance)
         return pictures
 
     if plan.data is not None:
@@ -105,7 +105,9 @@ def probe(plan: Probe, say: Callable[[str], None] = lambda text: None) -> dict[s
         distance = frechet_distance(judge.features(pictures), reference)
         return {"frechet": distance, "alignment": aligned.value, "recognised": aligned.recognised}
 
-    rows = zero_small(pipeline.unet, figures, thresholds=thresholds, include=plan.include, exclude=plan.exclude)
+    rows = zero_small(
+        trained_part(pipeline), figures, thresholds=thresholds, include=plan.include, exclude=plan.exclude
+    )
     result = {
         "model": plan.model,
         "judge": judge.name,
