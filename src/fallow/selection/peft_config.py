@@ -42,9 +42,7 @@ class EntriesConfig(FallowConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.made is not None and not isinstance(self.made.get("entries"), dict):
-            raise AdapterError(
-                f"made={self.made!r} does not say how many entries each layer has; copy the adapter again"
-            )
+            raise AdapterError(f"made={self.made!r} tells no number of entries for each layer; copy it again")
 
     @property
     def amount(self) -> Amount:
