@@ -1,4 +1,4 @@
-"""Weights kept in 4 and 8 bits: the codes against plain references, the layers against dense ones, the bytes counted."""
+"""Weights kept in 4 and 8 bits: codes against plain references, layers against dense ones, bytes counted."""
 
 import copy
 import pickle
@@ -244,7 +244,7 @@ def test_lora_of_peft_trains_beside_codes_as_beside_dense_weights(mode):
 def test_what_would_write_into_a_code_is_refused():
     model = network()
     quantize_(model, "nf4", min_size=2000)
-    with pytest.raises(ModelError, match="kept as nf4 cannot be written.*SaRA"):
+    with pytest.raises(ModelError, match=r"kept as nf4 cannot be written.*SaRA"):
         model[3].weight.data.mul_(2)
     model(batch()).sum().backward()
     with pytest.raises(ModelError, match="cannot be written"):
@@ -255,7 +255,7 @@ def test_what_would_write_into_a_code_is_refused():
 
 def test_what_cannot_be_quantised_is_named_before_anything_is():
     model = network()
-    with pytest.raises(ConfigError, match="mode='nf5'.*nf4"):
+    with pytest.raises(ConfigError, match=r"mode='nf5'.*nf4"):
         quantize_(model, "nf5")
     with pytest.raises(ConfigError, match="exclude='head' matches no weight"):
         quantize_(model, "nf4", exclude="head")
@@ -264,6 +264,9 @@ def test_what_cannot_be_quantised_is_named_before_anything_is():
     with pytest.raises(ModelError, match="no linear layer or convolution of 1000000"):
         quantize_(model, "nf4", min_size=1000000)
     assert not list(stored(model))
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=["3"]), model)
+    with pytest.raises(ModelError, match=r"'3' has an adapter.*quantise the base first"):
+        quantize_(model, "nf4")
 
 
 def test_patterns_choose_and_weights_tied_to_an_embedding_stay_dense():

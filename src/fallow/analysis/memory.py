@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fallow.core.coding import packed
+from fallow.core.coding import PackedIndex, packed
 from fallow.core.compact import Form
+from fallow.core.stored_weight import StoredWeight
 from fallow.core.update import PART
 
 VALUE = GRADIENT = 4  # bytes: compact values and compact gradients are fp32 whatever the weights are
@@ -52,7 +53,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = 0
         tensors: list[Tensor] = []
         for one in known:
-            tensors += [*one.parameters(), *one.buffers()] if isinstance(one, nn.Module) else [one]
+            tensors += _memory_of(one) if isinstance(one, nn.Module) else [one]
         # A storage is known by its address; the dead are struck off, since an address is used again.
         self._alive: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in tensors}
 
@@ -60,7 +61,7 @@ class LiveBytes(TorchDispatchMode):
         """Run the operation and count the storages of its results that are new."""
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and not isinstance(leaf, StoredWeight):  # which is another view of its code
                 self._count(leaf)
         return out
 
@@ -192,17 +193,23 @@ def estimate_selective(
     *,
     method: str = "sara",
     form: Form = "value",
+    fused: bool = False,
     ema: bool = False,
     others: int = 0,
 ) -> Estimate:
     """A selective method that trains `selected[name]` entries of each parameter tensor, as values or as changes
     (`form`).
 
-    Tensors with none are frozen, which also saves their weight gradient and the activations kept for it.
+    Tensors with none are frozen, which also saves their weight gradient and the activations kept for it. `fused`: the
+    update happens in the backward pass, so that one compact gradient is alive at a time. The network is used up: of
+    weights that are kept as codes the selected entries are put beside the code, where their values lie.
     """
     parameters = dict(network.named_parameters())
     for name, parameter in parameters.items():
         parameter.requires_grad_(selected.get(name, 0) > 0)
+        if isinstance(parameter, StoredWeight) and selected.get(name, 0):
+            entries = torch.arange(selected[name], dtype=torch.int32, device=parameter.device)
+            parameter.store.keep(PackedIndex(entries, parameter.numel()), parameter.dtype)
     trained = sum(selected.values())
     return Estimate(
         method=method,
@@ -211,9 +218,13 @@ def estimate_selective(
         weights=_weights(network),
         added=0,
         indices=sum(packed(count, parameters[name].numel())[1] for name, count in selected.items()),
-        values=sum(count * VALUE for name, count in selected.items() if not _exact(parameters[name], form)),
-        first_values=sum(count * parameters[name].element_size() for name, count in selected.items()),
-        gradients=trained * GRADIENT,
+        values=sum(count * _values_of(parameters[name], form) for name, count in selected.items()),
+        first_values=sum(
+            count * parameters[name].element_size()
+            for name, count in selected.items()
+            if form == "delta" or not isinstance(parameters[name], StoredWeight)
+        ),
+        gradients=GRADIENT * (max(selected.values(), default=0) if fused else trained),
         moments=trained * MOMENTS,
         step=measure_step(network, loss, drop_gradients=True),
         update=_selective_update({name: (count, _exact(parameters[name], form)) for name, count in selected.items()}),
@@ -266,6 +277,12 @@ def _exact(parameter: Tensor, form: Form) -> bool:
     return form == "value" and parameter.dtype in (torch.float32, torch.float64)
 
 
+def _values_of(parameter: Tensor, form: Form) -> int:
+    """Bytes of one trained value: of its master, and beside a code also of what stands for the weight's own."""
+    master = 0 if _exact(parameter, form) else VALUE
+    return master + (parameter.element_size() if isinstance(parameter, StoredWeight) else 0)
+
+
 def _selective_update(selected: Mapping[str, tuple[int, bool]]) -> int:
     """Bytes that an update holds: the values and 32-bit positions of one part of the entries without a master, and
     64-bit positions of the tensor that is written back.
@@ -277,10 +294,17 @@ def _selective_update(selected: Mapping[str, tuple[int, bool]]) -> int:
 
 
 def _weights(network: nn.Module) -> int:
-    """Bytes of all parameters and buffers; what is tied counts once."""
-    held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in network.parameters()}
-    held |= {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in network.buffers()}
-    return sum(held.values())
+    """Bytes of all parameters and buffers on the device; what is tied counts once, of codes those that are there."""
+    tensors = _memory_of(network)
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _memory_of(network: nn.Module) -> list[Tensor]:
+    """The plain tensors that a network consists of, without trained entries beside codes."""
+    found: list[Tensor] = []
+    for tensor in (*network.parameters(), *network.buffers()):
+        found += (tensor.store.parts or {}).values() if isinstance(tensor, StoredWeight) else [tensor]
+    return found
 
 
 def _bytes(tensor: Tensor) -> int:

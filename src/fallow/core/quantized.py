@@ -43,6 +43,9 @@ def quantize_(
     allowed = [name for name in CODES if name != "plain"]
     if mode not in allowed:
         raise ConfigError(f"mode={mode!r} is no way to keep weights{nearest(str(mode), allowed)}")
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer"):
+            raise ModelError(f"'{name}' has an adapter, whose factors are to stay as they are; quantise the base first")
     found = [
         (name, owner) for name, owner in layers_of(model, include, exclude) if owner.weight.numel() >= min_size
     ]  # fmt: skip

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from packaging.requirements import Requirement
@@ -30,6 +30,7 @@ from fallow import assets
 from fallow.analysis.memory import Estimate, estimate_dense, estimate_selective
 from fallow.core.compact import Form
 from fallow.core.errors import ConfigError, ModelError, SelectionError, nearest
+from fallow.recipes.low_memory import WHOLE, BasePrecision, keep
 from fallow.recipes.methods import LORA_TARGETS, METHODS
 from fallow.recipes.pictures import buckets
 from fallow.recipes.pipelines import is_hub_id
@@ -266,14 +267,31 @@ class Plan:
     precision: str = "no"
     gradient_checkpointing: bool = False
     ema: bool = False
+    base_precision: str = "float32"
+    block_swap: int = 0
+    fused_step: bool = False
 
 
 def memory(plan: Plan) -> list[Estimate]:
     """Estimates for the plan's method, LoRA of the plan's rank, and full fine-tuning, on one network and batch.
 
     The network is built from its configuration alone, on tensors without data; weights are read (one tensor at a time)
-    only to count the entries under a threshold. Raises ModelError, ConfigError or SelectionError.
+    only to count the entries under a threshold. The fused step is the plan's method's alone, and full fine-tuning needs
+    its weights as they are. Raises ModelError, ConfigError or SelectionError.
     """
+    source, others = _looked_at(plan)
+    names = dict.fromkeys([plan.method, "lora", "full"])
+    return [_estimate(plan, source, name, others) for name in names]
+
+
+def memory_of(plan: Plan) -> Estimate:
+    """The first of these alone."""
+    source, others = _looked_at(plan)
+    return _estimate(plan, source, plan.method, others)
+
+
+def _looked_at(plan: Plan) -> tuple[Source, int]:
+    """Where the plan's model is, and the bytes of its other parts, after refusing what cannot be estimated."""
     if plan.batch_size < 1:
         raise ConfigError(f"batch_size={plan.batch_size} is no batch; give 1 or more")
     known = [name for name in METHODS if name != "peft"]  # which tensors that trains its own options say
@@ -283,28 +301,39 @@ def memory(plan: Plan) -> list[Estimate]:
         raise ConfigError(f"rank={plan.rank} is too small; give 1 or more")
     if plan.precision not in ("no", "bf16", "fp16"):
         raise ConfigError(f"precision={plan.precision} is unknown; give no, bf16 or fp16")
+    if plan.base_precision not in get_args(BasePrecision):
+        allowed = ", ".join(get_args(BasePrecision))
+        raise ConfigError(f"base_precision={plan.base_precision} is unknown; give one of {allowed}")
+    if plan.method in WHOLE and (plan.base_precision != "float32" or plan.block_swap):
+        raise ConfigError(
+            f"method={plan.method} writes all weights, which base_precision and block_swap keep as they are; leave "
+            "them out, or ask about sara, shira or lora"
+        )
     source = Source.find(plan.model)
-    others = source.other_weights()
-    names = dict.fromkeys([plan.method, "lora", "full"])
-    return [_estimate(plan, source, name, others) for name in names]
+    return source, source.other_weights()
 
 
 def _estimate(plan: Plan, source: Source, method: str, others: int) -> Estimate:
     common: dict[str, Any] = {"ema": plan.ema, "others": others}
     network = unet_on_meta(plan, source)
-    if method == "lora":
+    selected = {} if method in ("lora", "full") else selected_entries(plan, source, network)
+    fake = FakeTensorMode()
+    with fake:
+        on_cpu(network)
+        if method not in WHOLE:
+            keep(network, plan.base_precision, plan.block_swap)
+    if method == "lora":  # outside, since PEFT moves its tensors, which fake ones take amiss
         network.requires_grad_(False)
         config = LoraConfig(r=plan.rank, lora_alpha=plan.rank, target_modules=LORA_TARGETS)
         inject_adapter_in_model(config, network, low_cpu_mem_usage=True)
-    selected = {} if method in ("lora", "full") else selected_entries(plan, source, network)
-    with FakeTensorMode():
+    with fake:
         on_cpu(network)
         loss = batch_loss(plan, source, network)
         if method in ("lora", "full"):
             name = f"lora, rank {plan.rank}" if method == "lora" else "full"
             return estimate_dense(network, loss, method=name, foreach=torch.cuda.is_available(), **common)
         form: Form = "delta" if method == "shira" else "value"
-        return estimate_selective(network, loss, selected, method=method, form=form, **common)
+        return estimate_selective(network, loss, selected, method=method, form=form, fused=plan.fused_step, **common)
 
 
 def unet_on_meta(plan: Plan, source: Source) -> Any:
@@ -314,7 +343,7 @@ def unet_on_meta(plan: Plan, source: Source) -> Any:
     with torch.device("meta"):
         network = UNet2DConditionModel.from_config(source.config())
     network.train()
-    if plan.gradient_checkpointing:
+    if plan.gradient_checkpointing and not plan.block_swap:  # which recomputes by itself
         network.enable_gradient_checkpointing()
     return network
 
@@ -328,7 +357,7 @@ def on_cpu(network: nn.Module) -> None:
     for module in network.modules():
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
-                if tensor is None:
+                if tensor is None or not tensor.is_meta:
                     continue
                 if id(tensor) not in made:
                     empty: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype)

@@ -29,7 +29,7 @@ from torch import nn
 from fallow import assets
 from fallow.core.errors import AdapterError, ConfigError, FallowError, StorageError, TrainingError
 from fallow.core.files import atomic_write, mark, sweep
-from fallow.recipes import run_directory
+from fallow.recipes import low_memory, run_directory
 from fallow.recipes.adapter_files import adapter_size
 from fallow.recipes.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from fallow.recipes.clips import count, frames_of, read_clips
@@ -165,10 +165,13 @@ class Run:
         self.pictures = read(training_folder(config.data), config.prompt)
         self.class_pictures = read(config.class_data, config.class_prompt) if config.class_data else []
         self.say(f"loading {config.model}")
-        self.pipeline = load_pipeline(config.model, device=config.device)
+        if expected := low_memory.told(config):
+            self.say(expected)
+        self.pipeline = load_pipeline(config.model, device=low_memory.loading_device(config))
         self.network = self.family.part(self.pipeline)
         self.whole = self.in_training()
         self.base = weight_marks(self.pipeline)
+        low_memory.prepare(self.pipeline, self.network, config, self.device)
         if config.prediction is not None:  # the drawings must believe it too
             scheduler = self.pipeline.scheduler
             self.pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=config.prediction)
@@ -282,13 +285,13 @@ class Run:
     def put_into_training(self) -> Trained:
         """The network under the chosen method, in training mode."""
         config = self.config
-        if config.gradient_checkpointing:
+        if config.gradient_checkpointing and not config.block_swap:  # which recomputes each of its blocks itself
             for part in parts_of(self.whole).values():
                 recompute(part)
         batches = CalibrationBatches(self.example_batch, self.sizes, config.batch_size, config.seed, CALIBRATION)
         rate = config.lr or own_rate(config.method, config.model)
         order = Order(
-            network=self.whole, lr=rate, options=config.options, steps=config.steps, seed=config.seed,
+            network=self.whole, lr=rate, options=low_memory.method_options(config), steps=config.steps, seed=config.seed,
             batches=batches, loss=lambda _, batch: self.loss(batch), targets=self.family.targets(self.pipeline),
             include=self.included(),
         )  # fmt: skip
@@ -372,7 +375,8 @@ class Run:
             prior = self.class_examples.batch(next(self.class_batches), chance, noise_offset=config.noise_offset)
             total = total + self.backward(prior, config.prior_weight)
         self.scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(self.trained.trainable(), config.max_grad_norm or math.inf)
+        proxies = [] if low_memory.is_fused(config) else self.trained.trainable()  # fused, the gradients are gone
+        norm = nn.utils.clip_grad_norm_(proxies, config.max_grad_norm or math.inf)
         self.scaler.step(optimizer)
         self.scaler.update()
         optimizer.zero_grad()

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fallow.core.errors import ConfigError
 from fallow.recipes.flow_matching import Density, Weighting
+from fallow.recipes.low_memory import BasePrecision, settle
 from fallow.recipes.methods import check_options
 from fallow.recipes.noise import Prediction
 
@@ -53,6 +54,12 @@ class TrainConfig(BaseModel):
         "no", description="Of the forward and backward pass; weights stay in float32."
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
+    low_memory: bool = Field(False, description="For small GPUs: fp8 base, bf16, checkpointing, fused step if possible.")
+    base_precision: BasePrecision = Field(
+        "float32", description="What frozen weights are kept in; trained entries and adapters stay in full precision."
+    )
+    block_swap: int = Field(0, ge=0, description="Blocks that wait in host memory until they are needed.")
+    fused_step: bool = Field(False, description="Update each weight within the backward pass; without clipping.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
     warmup: int | None = Field(
         None, ge=0, description="Steps in which the learning rate rises from 0; a twentieth, at most 100, if not given."
@@ -88,6 +95,7 @@ class TrainConfig(BaseModel):
     def check_together(self) -> TrainConfig:
         """What only several settings together can get wrong."""
         check_options(self.method, self.options)
+        settle(self)
         if self.class_data is not None and self.class_prompt is None:
             raise ConfigError(
                 "class_data needs class_prompt, the prompt of its pictures; give one, like 'a photo of a dog'"
