@@ -78,6 +78,11 @@ class LayersChange:
                     f"{self.place} changes '{name}' {wanted}, which is {shape} in this model; give the base that it "
                     "was trained on"
                 )
+            if named[own[name]].dtype == torch.float16 and _most(layer) > torch.finfo(torch.float16).max / 4:
+                raise AdapterError(
+                    f"{self.place} changes '{name}' by up to {_most(layer):g}, which is more than float16 can hold; "
+                    "the file is damaged, or the model has to be loaded in float32"
+                )
             self.found[own[name]] = layer
         _check_base(self.place, self.base, {name: named[real] for name, real in own.items()}, force)
 
@@ -102,6 +107,13 @@ class LayersChange:
             None if layer.magnitude is None else layer.magnitude.to(base.device),
         )
         return here.change(base, dtype).view(base.shape)
+
+
+def _most(layer: Layer) -> float:
+    """A bound on the largest change of a weight."""
+    if isinstance(layer, Dense):
+        return float(layer.read().abs().max()) if math.prod(layer.shape) else 0.0
+    return abs(layer.alpha) * float(layer.up.abs().max()) * float(layer.down.abs().max())
 
 
 @dataclass

@@ -68,6 +68,9 @@ def noted_in(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         found = parse_json(metadata.get("fallow", "{}"))
         if not isinstance(found, dict) or not all(isinstance(found.get(key, {}), dict) for key in ("base", "metadata")):
             raise ValueError("they are no tables")
+        for name, of_base in found.get("base", {}).items():
+            if not isinstance(of_base, list) or len(of_base) != 2 or not all(isinstance(one, str) for one in of_base):
+                raise ValueError(f"the base of '{name}' is no fingerprint and dtype")
         return found
     except ValueError as error:
         raise AdapterError(f"{path} has broken metadata ({error}); copy it again") from None

@@ -12,7 +12,6 @@ off is found now and not after an hour.
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from fallow.core.errors import ConfigError, DataError
+from fallow.core.files import parse_json
 from fallow.recipes.masks import check_mask, is_mask, mask_beside, transparent
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -153,13 +153,15 @@ def _metadata(folder: Path) -> dict[Path, tuple[str, Path | None]]:
             continue
         where = f"{source}, line {number}"
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
         except ValueError as error:
             raise DataError(f'{where} is no JSON ({error}); write {{"file_name": ..., "text": ...}}') from None
         if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
             raise DataError(f'{where} has no file_name; write {{"file_name": ..., "text": ...}}')
         file = folder / entry["file_name"]
-        if not file.is_file():
+        if Path(entry["file_name"]).is_absolute() or ".." in Path(entry["file_name"]).parts:
+            raise DataError(f"{where} names {entry['file_name']}, which is not in the folder; move the picture there")
+        if "\0" in entry["file_name"] or not file.is_file():
             raise DataError(f"{where} names {entry['file_name']}, which is not there; add the file or remove the line")
         if file in found:
             raise DataError(f"{where} names {entry['file_name']} again; keep one line for each picture")

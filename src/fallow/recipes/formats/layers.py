@@ -78,6 +78,7 @@ class Dense:
 
 
 Layer = Factors | Dense
+LARGEST = 1e12  # of a value in a file; products of larger ones are beyond all numbers
 Layers = dict[str, Layer]  # by weight name
 
 
@@ -128,4 +129,6 @@ def finite(name: str, tensor: Tensor, where: object) -> Tensor:
         raise AdapterError(f"{where} is broken: '{name}' is of {tensor.dtype}, not of real numbers; copy it again")
     if tensor.numel() and not bool(torch.isfinite(tensor.float()).all()):
         raise AdapterError(f"{where} is broken: '{name}' holds NaN or infinite values; train it again")
+    if tensor.numel() and float(tensor.float().abs().max()) > LARGEST:
+        raise AdapterError(f"{where} is broken: '{name}' holds values above {LARGEST:g}; copy or train it again")
     return tensor
