@@ -57,6 +57,16 @@ def doctor(
             "--gradient-checkpointing", help="Compute activations twice and keep few of them.", rich_help_panel=PANEL
         ),
     ] = False,
+    base_precision: Annotated[
+        str,
+        typer.Option(
+            metavar="float32|bf16|fp8|nf4|int8", help="What frozen weights are kept in.", rich_help_panel=PANEL
+        ),
+    ] = "float32",
+    block_swap: Annotated[int, typer.Option(min=0, help="Blocks that wait in host memory.", rich_help_panel=PANEL)] = 0,
+    fused_step: Annotated[
+        bool, typer.Option("--fused-step", help="Update within the backward pass.", rich_help_panel=PANEL)
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="Where runs will be written.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else on stdout.")] = False,
 ) -> None:
@@ -66,7 +76,8 @@ def doctor(
     """
     from fallow.recipes import doctor as recipe
 
-    asked = any(value is not None for value in (model, method, fraction, threshold, budget, resolution))
+    low = base_precision != "float32" or block_swap > 0 or fused_step
+    asked = low or any(value is not None for value in (model, method, fraction, threshold, budget, resolution))
     with show.only_json(json):
         estimates = (
             recipe.memory(
@@ -81,6 +92,9 @@ def doctor(
                     resolution=resolution,
                     precision=precision,
                     gradient_checkpointing=gradient_checkpointing,
+                    base_precision=base_precision,
+                    block_swap=block_swap,
+                    fused_step=fused_step,
                 )
             )
             if asked
