@@ -13,8 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 from conftest import Zoo
 from fallow.core.distributed import rank
 from fallow.core.errors import ConfigError, ModelError
+from fallow.selection.lt_sft import LTSFT
 from fallow.selection.sara import SaRA, smallest
 from fallow.selection.selective import Selective
+from fallow.selection.shira import SHiRA
 from ranks import run_ranks
 
 STEPS, BATCH = 3, 8
@@ -128,6 +130,16 @@ def with_accelerate(clip: float) -> Trained:
     return trained(net, optimizer.optimizer)
 
 
+def by_batches(part: Any, kind: Any = SHiRA) -> Selective:
+    """A choice by gradients on batches of which each rank has a part."""
+    batches = [tuple(map(part, data(step))) for step in range(2)]
+    more: dict[str, Any] = {"density": 0.1} if kind is SHiRA else {"fraction": 0.1, "dense_steps": 2}
+    return kind(
+        model(torch.float64), batches=batches, exclude="in_proj",
+        loss=lambda net, batch: nn.functional.cross_entropy(net(batch[0]), batch[1]), **more,
+    )  # fmt: skip
+
+
 def told(action: Any) -> str:
     try:
         action()
@@ -142,6 +154,8 @@ def on_a_rank() -> Trained:
         "float64": wrapped(torch.float64, parts=2, clip=0.1),
         "bare": bare(),
         "accelerate": with_accelerate(0.1),
+        "shira": {name: slot.index for name, slot in by_batches(half).slots.items()},
+        "lt-sft": {name: slot.index for name, slot in by_batches(half, LTSFT).slots.items()},
         "wrapped": told(lambda: sara(DistributedDataParallel(model()))),
         "amounts": told(lambda: SaRA(model(), fraction=0.1 * (rank() + 1), lr=1e-3)),
         "in_backward": told(lambda: Selective(model(), smallest, fraction=0.1, in_backward=True)),
@@ -186,6 +200,14 @@ def test_no_dense_gradient_lies_in_the_buckets_nor_stays_behind(ranks):
         assert found["float32"]["bucketed"] == 4 * smallest, "all but one tiny weight are on the ignore list"
         assert found["float32"]["dense"] <= smallest
         assert not found["float32"]["closed"], "close() takes the marks away"
+
+
+@pytest.mark.parametrize(("name", "kind"), [("shira", SHiRA), ("lt-sft", LTSFT)])
+def test_a_choice_by_gradients_sees_the_batches_of_all_ranks(ranks, name, kind):
+    alone = by_batches(lambda values: values, kind)
+    for found in ranks:
+        for weight, slot in alone.slots.items():
+            assert torch.equal(found[name][weight], slot.index), weight
 
 
 def test_what_cannot_be_trained_alike_is_refused_on_every_rank(ranks):

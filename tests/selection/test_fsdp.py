@@ -18,6 +18,7 @@ from fallow.core.sharded import part_of, whole
 from fallow.selection.random import Random
 from fallow.selection.sara import SaRA, smallest
 from fallow.selection.selective import Selective
+from fallow.selection.shira import SHiRA
 from ranks import run_ranks
 
 STEPS, BATCH = 4, 8
@@ -101,6 +102,7 @@ def on_a_rank(folder: str) -> dict[str, Any]:
         found[str(dtype)] = run(net, Path(folder) / str(dtype), dtype, half)
         found[str(dtype)]["dense"] = sum(param.grad is not None for param in net.parameters())
     found["random"] = chosen(Random(sharded(torch.float32), budget=60, seed=3))
+    found["struct"] = chosen(SHiRA(sharded(torch.float32), "struct", density=0.3))
     found["per layer"] = chosen(Selective(sharded(torch.float32), smallest, density=0.3))
     net = sharded(torch.float32)
     optimizer = SaRA(net, fraction=0.2, lr=1e-2)
@@ -164,6 +166,8 @@ def test_choices_by_chance_and_within_layers_are_those_of_one_process(ranks):
     for found in ranks:
         for name, index in random.items():
             assert torch.equal(found["random"][name], index), name
+        for name, index in chosen(SHiRA(model(torch.float32), "struct", density=0.3)).items():
+            assert torch.equal(found["struct"][name], index), name
         for name, index in layers.items():
             assert torch.equal(found["per layer"][name], index), name
 

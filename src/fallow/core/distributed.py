@@ -70,6 +70,14 @@ def average_gradients(params: Sequence[Tensor], bucket: int = BUCKET) -> None:
                 param.grad = torch.empty_like(param).copy_(part.view(param.shape))
 
 
+@torch.no_grad()
+def mean(tensor: Tensor) -> Tensor:
+    """The mean over all ranks, in place."""
+    if ranks() > 1:
+        dist.all_reduce(tensor.div_(ranks()))
+    return tensor
+
+
 def _buckets(tensors: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:
     """Tensors of one dtype and device together, as many as fit into `size` bytes, at least one; empty ones are left
     out.

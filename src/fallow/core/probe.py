@@ -8,8 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fallow.core.distributed import mean, ranks
 from fallow.core.errors import ConfigError, DataError, nearest
 from fallow.core.select import Target
+from fallow.core.sharded import is_dtensor, local
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Aggregate = Literal["sum", "mean_abs"]
@@ -34,6 +36,9 @@ def gradients(
     dense gradient at a time and the CPU one copy of the weights (two for "mean_abs"). The model runs in eval mode (no
     dropout, fixed batch statistics) and is left as it was: modes, gradients and requires_grad.
 
+    Of several processes each gives batches of its own, as many as the others, and all get the mean of what they found;
+    of a sharded weight its own part.
+
     Raises DataError without batches or where no gradient arrives or one is not finite.
     """
     if aggregate not in ("sum", "mean_abs"):
@@ -46,6 +51,7 @@ def gradients(
         def hook(param: Tensor) -> None:
             grad, param.grad = param.grad, None
             if grad is not None:
+                grad = local(grad)
                 part = (grad.to_dense() if grad.is_sparse else grad).float().cpu()
                 batch_sum[name] = part + batch_sum[name] if name in batch_sum else part
 
@@ -86,9 +92,12 @@ def gradients(
     for name, value in total.items():
         if not bool(torch.isfinite(value).all()):
             raise DataError(f"the calibration gradient of '{name}' is not finite; check the batches and the loss")
+    for target in targets:
+        if ranks() > 1 and target.name in total and not is_dtensor(target.weight):
+            total[target.name] = mean(total[target.name].to(target.weight.device)).cpu()
     return {
         target.name: (total[target.name].abs_() / (count if aggregate == "mean_abs" else 1))
         if target.name in total
-        else torch.zeros(target.weight.shape)
+        else torch.zeros(local(target.weight).shape)
         for target in targets
     }

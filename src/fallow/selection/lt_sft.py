@@ -21,9 +21,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fallow.core.errors import ConfigError, DataError
+from fallow.core.distributed import average_gradients, start_alike
+from fallow.core.errors import ConfigError, DataError, ModelError
 from fallow.core.probe import Loss, default_loss
 from fallow.core.select import Amount, Patterns, Selector, Target, choose, eligible
+from fallow.core.sharded import is_dtensor
 from fallow.selection.selective import Rule, Selective
 
 
@@ -118,10 +120,14 @@ class LTSFT(Selective):
                     raise DataError(f"the dense phase diverged (loss {value.item()}); lower dense_lr={dense_lr}")
                 value.backward()
                 join_gradients(targets)
+                average_gradients([target.weight for target in targets])
                 optimizer.step()
                 optimizer.zero_grad()
 
         targets = eligible(model, include, exclude)
+        if any(is_dtensor(target.weight) for target in targets):
+            raise ModelError("LT-SFT's dense phase takes no sharded weights; give SaRA, or an unsharded model")
+        start_alike([target.weight for target in targets])
         moved = dense_phase(model, targets, train)
         super().__init__(
             model, most_moved(moved), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fraction=fraction,

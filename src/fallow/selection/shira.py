@@ -40,6 +40,7 @@ from fallow.core.select import (
     magnitude,
     matrix_shape,
 )
+from fallow.core.sharded import part_of
 from fallow.selection.peft_shira import read_peft_shira
 from fallow.selection.random import random
 from fallow.selection.selective import Rule, Selective
@@ -111,6 +112,8 @@ def struct_index(target: Target, every: int, offset: int, diagonal: bool, column
     mask = ((j if columns else i) % every == offset).expand(n, m)
     if diagonal:
         mask = mask | (i == j)
+    if (part := part_of(target.weight)) is not None:
+        mask = part.cut(mask.reshape(target.weight.shape))
     return mask.reshape(-1).nonzero().view(-1).to(target.weight.device, index_dtype(target.numel))
 
 
