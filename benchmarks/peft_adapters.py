@@ -36,9 +36,7 @@ RANK, BATCH, LENGTH = 16, 2, 64
 def base() -> nn.Module:
     torch.manual_seed(0)
     rest = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
-    model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=1024, n_embd=512, n_layer=6, n_head=8, bos_token_id=0, eos_token_id=0, **rates)
-    )
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=1024, n_embd=512, n_layer=6, n_head=8, **rest))
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, Conv1D):

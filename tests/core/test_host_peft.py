@@ -9,9 +9,11 @@ import subprocess
 import sys
 import warnings
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftConfig, PeftModel, convert_to_lora, get_peft_model, mapping
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
@@ -216,6 +218,48 @@ def test_the_trainer_trains_checkpoints_and_resumes_as_if_uninterrupted(tiny_gpt
     loaded = PeftModel.from_pretrained(whole.unload(), tmp_path / "whole" / "checkpoint-6")
     with torch.no_grad():
         assert torch.equal(loaded.eval()(IDS).logits, again.eval()(IDS).logits)
+
+
+def _two_halves(config: fallow.SaRAConfig) -> list[torch.Tensor]:
+    """On each rank, its half of the batch; on one alone, all of it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(80, 96), nn.GELU(), nn.Linear(96, 80))
+    model = get_peft_model(net, config)
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    run = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    for step in range(4):
+        x = torch.randn(8, 80, generator=torch.Generator().manual_seed(step)).chunk(ranks)
+        run(x[dist.get_rank() if ranks > 1 else 0]).square().mean().backward()
+        optimizer.step()
+        fallow.step(run)
+        optimizer.zero_grad()
+    return [layer.fallow_delta["default"].values.detach() for layer in layers(model).values()]
+
+
+def _rank(rank: int, folder: Path, options: fallow.SaRAConfig) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(_two_halves(options), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_train_as_one(tmp_path):
+    options = config(rank_weight=5e-3, reselect_at=[2])
+    # Forked: a new interpreter would import PEFT anew, which takes longer than all of this file.
+    torch.multiprocessing.start_processes(_rank, (tmp_path, options), nprocs=2, start_method="fork")
+    alone = _two_halves(options)
+    for rank in (0, 1):
+        held = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for one, other in zip(alone, held, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_weight_that_was_offloaded_is_not_written_to_nowhere():
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config(fraction=0.5))
+    layer = layers(model)["0"]
+    layer.get_base_layer().weight = nn.Parameter(layer.parameter.to("meta"), requires_grad=False)
+    with pytest.raises(fallow.ModelError, match="was offloaded"):
+        model(torch.randn(2, 8))
 
 
 def test_transformers_own_add_adapter_works(tiny_gpt2, tmp_path, monkeypatch):

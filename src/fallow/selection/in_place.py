@@ -48,6 +48,8 @@ class InPlace:
         weight = self.layer.parameter
         if not active and not self.shown:
             return
+        if weight.is_meta:
+            raise ModelError(f"{self.name} was offloaded, so that nothing can be written into it; keep it on a device")
         if not all(delta.bound for delta, _ in active):
             self._restore(weight)
             for delta, _ in active:
