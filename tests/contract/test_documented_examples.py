@@ -96,3 +96,15 @@ def test_the_page_on_selection_shows_a_selector_that_takes_the_rows_of_least_nor
     optimizer = names["optimizer"]
     assert all("attn" in name for name in optimizer.slots)
     assert optimizer.trained_parameters == round(0.05 * optimizer.total_parameters)
+
+
+def test_the_page_on_small_gpus_quantises_swaps_and_trains_within_the_backward_pass(names):
+    (example,) = blocks(ROOT / "docs/concepts/small-gpus.md", "python")
+    exec(example, names)
+    model, optimizer = names["model"], names["optimizer"]
+    before = optimizer.masters()
+    names["loss"](model, names["batches"][0]).backward()
+    optimizer.step()
+    moved = [not torch.equal(value, before[name]) for name, value in optimizer.masters().items()]
+    assert any(moved)
+    assert names["swap"].resident == [0, 1]
