@@ -285,3 +285,25 @@ def test_a_folder_of_runs_is_never_taken_for_an_earlier_adapter(tiny_sd, tuned, 
     with pytest.raises(ConfigError, match="is kept"):
         extract(str(tiny_sd), str(tuned[0]), runs, overwrite=True)
     assert (runs / "run-1" / "adapter" / WEIGHTS).is_file()
+
+
+def test_a_full_adapter_is_converted_by_what_it_differs_by_from_the_base(tiny_sd, tmp_path):
+    from fallow.recipes.adapter_files import base_fingerprints, save_full
+
+    unet = unet_of(tiny_sd)
+    prints = base_fingerprints(unet)
+    with torch.no_grad():
+        dict(unet.named_parameters())[CONV].add_(0.01)
+        dict(unet.named_parameters())[NORM].add_(0.02)
+    save_full(unet, tmp_path / "full", prints, {"method": "full"})
+    with pytest.raises(AdapterError, match="give --base MODEL"):
+        convert(tmp_path / "full", "lycoris-diff", tmp_path / "diff.safetensors")
+    convert(tmp_path / "full", "fallow", tmp_path / "sparse.safetensors", base=str(tiny_sd))
+    assert SparseDelta.load(tmp_path / "sparse.safetensors").entries.keys() == {CONV, NORM}
+    found = convert(
+        tmp_path / "full", "kohya", tmp_path / "lora.safetensors", base=str(tiny_sd), truncation=Truncation(rank=1)
+    )
+    assert found["error"] < 1e-4  # the same everywhere, which is of rank 1
+    own = unet_of(tiny_sd)
+    apply_adapter(own, tmp_path / "lora.safetensors")
+    torch.testing.assert_close(weights(own)[CONV], weights(unet)[CONV], atol=1e-5, rtol=0)

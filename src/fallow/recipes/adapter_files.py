@@ -109,7 +109,7 @@ def adapter_size(path: str | Path) -> tuple[int, int]:
     elif kind == "parts":
         trained = sum(adapter_size(place / part)[0] for part in peft_format.parts_in(place))
     elif kind == "file":
-        trained = reading.read(place).trained
+        trained = sum(math.prod(shape) for name, shape in shapes_in(place).items() if not name.endswith(".alpha"))
     else:
         trained = sum(math.prod(shape) for shape in shapes_in(place / WEIGHTS).values())
     files = [place] if place.is_file() else [file for file in place.rglob("*") if file.is_file()]
@@ -223,7 +223,12 @@ def apply_together(network: nn.Module, adapters: Sequence[tuple[str | Path, floa
     touched. Raises AdapterError for what is broken, fits nothing or (unless `force`) has another base; ConfigError for
     a scale that is no finite number.
     """
-    prepare(network, adapters, force=force).apply()
+    plan = prepare(network, adapters, force=force)
+    if plan.unused:
+        raise AdapterError(
+            f"{plan.unused[0]} changes text encoders alone, and {type(network).__name__} is none; put it on a pipeline"
+        )
+    plan.apply()
 
 
 def prepare(
@@ -244,7 +249,7 @@ def prepare(
     changes = [(change, scale) for change, scale in read if change is not None]
     for change, _ in changes:
         change.check(network, force)
-    plan = Plan(network)
+    plan = Plan(network, unused=[path for (path, _), (change, _) in zip(adapters, read, strict=True) if change is None])
     for change, scale in changes:
         if scale:
             for name in change.changed(network):
@@ -254,10 +259,13 @@ def prepare(
 
 @dataclass
 class Plan:
-    """What is to be done to the weights of a network: by name, the changes with their scales."""
+    """What is to be done to the weights of a network: by name, the changes with their scales. `unused`: adapters that
+    have nothing for it.
+    """
 
     network: nn.Module
     parts: dict[str, list[tuple[Change, float]]] = field(default_factory=dict)
+    unused: Sequence[str | Path] = ()
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -277,6 +285,8 @@ def other_parts(path: str | Path) -> list[str]:
     """The parts of the pipeline besides the denoising network that an adapter changes: text encoders."""
     place, kind = locate(path), kind_of(path)
     if kind not in ("file", "parts"):
+        return []
+    if kind == "file" and not reading.names_encoders(place):
         return []
     parts = reading.read(place).parts if kind == "file" else peft_format.parts_in(place)
     return [part for part in parts if part not in NETWORKS]

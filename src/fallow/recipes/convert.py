@@ -24,12 +24,12 @@ from torch import Tensor
 
 from fallow.core.errors import AdapterError, ConfigError, nearest
 from fallow.core.linalg import Truncation
-from fallow.core.sparse import CONFIG, Entry, SparseDelta
-from fallow.recipes.adapter_directory import NETWORKS, new_directory
+from fallow.core.sparse import CONFIG, WEIGHTS, Entry, SparseDelta
+from fallow.recipes.adapter_directory import NETWORKS, header, new_directory
 from fallow.recipes.adapter_files import adapter_size, kind_of, locate
 from fallow.recipes.adapters import unused
 from fallow.recipes.approximation import Losses, Most, factored, largest
-from fallow.recipes.checkpoint_tensors import network_tensors, real
+from fallow.recipes.checkpoint_tensors import Stored, network_tensors, real
 from fallow.recipes.formats import peft, reading, writing
 from fallow.recipes.formats.layers import Adapter, Dense, Factors, Format, Layers, part_of
 
@@ -124,17 +124,36 @@ def in_dtype(adapter: Adapter, dtype: torch.dtype) -> Adapter:
 
 
 def load(path: str | Path, base: str | None = None) -> Adapter:
-    """An adapter of any kind but `full`, as factors and full changes. `base`: for sparse ones that store values."""
+    """An adapter of any kind, as factors and full changes. `base`: for those that store values and not changes."""
     place, kind = locate(path), kind_of(path)
     if kind == "full":
-        raise AdapterError(
-            f"{path} holds all weights and not their changes; get these with: fallow adapter extract BASE {path}"
-        )
+        return _of_full(place, path, base)
     if kind == "sparse":
         return of_sparse(with_changes(SparseDelta.load(place), path, base))
     if kind == "parts":
         return _of_parts(place, base)
     return reading.read(place)
+
+
+def _of_full(place: Path, path: str | Path, base: str | None) -> Adapter:
+    """All weights, as what they differ by from the checkpoint `base`; read one at a time."""
+    if base is None:
+        raise AdapterError(f"{path} holds all weights, whose changes are known only beside the base; give --base MODEL")
+    made = network_tensors(place)[0]
+    part, tuned = next(iter(made.items()))
+    known = network_tensors(base)[0].get(part, {})
+    layers: Layers = {}
+    for name, stored in tuned.items():
+        if name not in known or known[name].shape != stored.shape:
+            raise AdapterError(f"{path} has '{name}' {stored.shape}, which {base} has not; give the right --base")
+        layers[name] = Dense(partial(_difference, name, stored, known[name]), stored.shape)
+    noted = header(place / WEIGHTS)
+    prints = noted.get("base", {})
+    return Adapter("fallow", {part: layers}, {part: prints} if prints else {}, noted.get("metadata", {}))
+
+
+def _difference(name: str, tuned: Stored, base: Stored) -> Tensor:
+    return real(tuned.read(), name, tuned.file) - real(base.read(), name, base.file)
 
 
 def _of_parts(place: Path, base: str | None) -> Adapter:
@@ -147,7 +166,7 @@ def _of_parts(place: Path, base: str | None) -> Adapter:
         elif kind_of(inner) == "peft":
             one = peft.read(inner, part)
         else:
-            raise AdapterError(f"{inner} holds all weights and not their changes; extract an adapter from it")
+            one = _of_full(inner, inner, base)
         made.parts |= one.parts
         made.base |= one.base
         made.notes, made.foreign, made.format = made.notes or one.notes, made.foreign or one.foreign, one.format
@@ -222,7 +241,7 @@ def sparse_of(adapter: Adapter, part: str, most: Most, losses: Losses) -> Sparse
 
     def changes() -> Iterator[tuple[str, Tensor]]:
         for name, layer in layers.items():
-            yield name, layer.read() if isinstance(layer, Dense) else layer.change()
+            yield name, layer.read().float() if isinstance(layer, Dense) else layer.change()
 
     total = sum(math.prod(layer.shape) for layer in layers.values())
     base = adapter.base.get(part, {})

@@ -174,6 +174,12 @@ GOOD = "lora_unet_mid_block_attentions_0_proj_in"
         (lambda t: t.update(pair("lora_unet_.._.._etc_passwd", 4, 4)), "cannot read"),
         (lambda t: t.update({f"{GOOD}.dora_scale": torch.ones(1, 8)}), "wd_on_output=False"),
         (lambda t: t.update({f"{GOOD}.lora_mid.weight": torch.zeros(5, 2, 3, 3)}), "does not fit between"),
+        (
+            lambda t: t.update(
+                {f"{GOOD}.lora_mid.weight": torch.zeros(2, 2, 3), f"{GOOD}.lora_down.weight": torch.zeros(2)}
+            ),
+            "does not fit between",
+        ),
         (lambda t: t.update({f"{GOOD}.diff": torch.zeros(8, 8)}), "full change and"),
         (lambda t: t.update(pair("lycoris_mid_block_attentions_0_proj_in", 8, 8)), "twice"),
     ],

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fallow.recipes.adapter_files import prepare
+from fallow.core.errors import AdapterError
+from fallow.recipes.adapter_files import apply_adapter, prepare
 from fallow.recipes.approximation import Most
 from fallow.recipes.convert import convert
 from fallow.recipes.formats import reading
@@ -342,3 +343,15 @@ def test_lycoris_reads_our_tucker_form_as_plain_factors(tiny_sd, tmp_path):
     network, _ = create_lycoris_from_weights(1.0, "", unet, theirs)
     network.merge_to(1.0)
     torch.testing.assert_close(ours, unet.conv_in.weight, atol=1e-5, rtol=0)
+
+
+def test_an_adapter_of_a_text_encoder_alone_is_for_a_pipeline(tiny_sd, community, tmp_path):
+    file = tmp_path / "encoder.safetensors"
+    save_file({k: v for k, v in tensors_of(community).items() if k.startswith("text_encoder.")}, file)
+    pipeline = changed(tiny_sd, file)
+    assert_moved(pipeline, tiny_sd, "text_encoder")
+    with pytest.raises(AdapterError, match="text encoders alone"):
+        apply_adapter(pipeline.unet, file)
+    save_file({k.replace("layers.0", "layers.7"): v for k, v in tensors_of(file).items()}, file)
+    with pytest.raises(AdapterError, match=r"changes 'encoder.*which CLIPTextModel lacks"):
+        apply_adapters(pipeline, [(file, 1.0)])

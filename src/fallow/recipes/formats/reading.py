@@ -11,11 +11,20 @@ from fallow.recipes.formats import peft, single_file
 from fallow.recipes.formats.layers import Adapter
 from fallow.recipes.formats.writing import DIFFUSERS_FILE
 
+ENCODER_MARKS = ("lora_te", "text_encoder", "text_model", "encoder.layers.", "encoder.block.")
+
 
 def is_one(file: Path) -> bool:
     """Whether a safetensors file is of diffusers, kohya or LyCORIS. AdapterError where it cannot be read."""
     with opened(file) as found:
         return single_file.is_one(list(found.keys()))
+
+
+def names_encoders(file: Path) -> bool:
+    """Whether such a file changes text encoders too, as far as its keys tell, without its tensors being read."""
+    with opened(file) as found:
+        keys = list(found.keys())
+    return any(mark in key for key in keys for mark in ENCODER_MARKS)
 
 
 def inner_file(folder: Path) -> Path | None:

@@ -311,7 +311,8 @@ def _cut(whole: Factors, rows: fused.Rows) -> Factors:
 
 def untucked(where: object, layer: str, down: Tensor, up: Tensor, mid: Tensor) -> Tensor:
     """LoCon's Tucker form as plain factors: mid (r, s, kh, kw) times down (s, in, 1, 1) is a down (r, in, kh, kw)."""
-    if mid.ndim < 3 or mid.shape[1] != down.shape[0] or mid.shape[0] != up.shape[1] or down[0].numel() != down.shape[1]:
+    matrices = min(up.ndim, down.ndim) > 1 and mid.ndim > 2 and down.numel() == math.prod(down.shape[:2]) > 0
+    if not matrices or mid.shape[:2] != (up.shape[1], down.shape[0]):
         raise AdapterError(
             f"{where} is broken at '{layer}': mid {tuple(mid.shape)} does not fit between down {tuple(down.shape)} and "
             f"up {tuple(up.shape)}; copy it again"
