@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from fallow.core.errors import ConfigError, FallowError
 from fallow.recipes import compare as module
-from fallow.recipes.compare import CompareConfig, anchored_score, compare, equal_parameters, own_rates
+from fallow.recipes.compare import CompareConfig, anchored_score, compare, equal_parameters, lora_parameters, own_rates
 from fallow.recipes.methods import METHODS, Order, make_method
 from fallow.recipes.pipelines import load_pipeline
 
@@ -220,3 +220,18 @@ def test_the_anchored_score_is_one_for_the_base_and_two_for_real_pictures():
     assert anchored_score(base, 30.0, 2.0, 0.9) == pytest.approx(1)
     assert anchored_score({"frechet": 2.0, "alignment": 0.9}, 30.0, 2.0, 0.9) == pytest.approx(2)
     assert anchored_score({"frechet": 2.0, "alignment": None}, 30.0, 2.0, 0.9) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux", "pixart", "animatediff"])
+def test_lora_of_every_family_is_counted_from_its_configuration_as_peft_makes_it(kind, tiny_family):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from fallow.recipes.families import family_of
+    from fallow.recipes.pipelines import load_pipeline, trained_part
+
+    model = str(tiny_family(kind))
+    pipeline = load_pipeline(model, "cpu")
+    network = trained_part(pipeline)
+    network.requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(r=1, target_modules=family_of(pipeline).targets_alone()), network)
+    assert lora_parameters(model, None) == sum(p.numel() for p in network.parameters() if p.requires_grad)

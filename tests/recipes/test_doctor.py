@@ -16,8 +16,9 @@ from fallow import SaRA, assets
 from fallow.analysis.memory import LiveBytes
 from fallow.core.errors import ConfigError, ModelError, SelectionError
 from fallow.recipes import doctor
-from fallow.recipes.doctor import LORA_TARGETS, Plan, check, memory, package, runs_in, unwritable
-from fallow.recipes.pipelines import load_pipeline
+from fallow.recipes.doctor import Plan, check, memory, package, runs_in, unwritable
+from fallow.recipes.methods import LORA_TARGETS
+from fallow.recipes.pipelines import load_pipeline, trained_part
 
 BATCH = 4
 
@@ -139,7 +140,7 @@ def test_what_cannot_be_estimated_is_refused(tiny_sd, wrong, kind, says):
 
 
 def test_a_folder_without_a_unet_and_a_truncated_one_are_told(tiny_sd, tmp_path):
-    with pytest.raises(ModelError, match=r"has no unet/config\.json"):
+    with pytest.raises(ModelError, match=r"has no model_index\.json"):
         memory(Plan(str(tmp_path)))
     model = Path(shutil.copytree(tiny_sd, tmp_path / "model"))
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
@@ -206,3 +207,16 @@ def test_a_precision_that_fails_is_said_not_to_run(monkeypatch):
 
     monkeypatch.setattr(torch, "autocast", refuse)
     assert not runs_in("bf16", "cpu")
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux", "pixart", "animatediff"])
+def test_every_family_is_estimated_from_its_configuration(kind, tiny_family):
+    plan = Plan(str(tiny_family(kind)), "sara", fraction=0.1, batch_size=2, resolution=32)
+    found = memory(plan)
+    network = trained_part(load_pipeline(plan.model, "cpu"))
+    total = sum(p.numel() for p in network.parameters())
+    sara, lora, full = found
+    assert (sara.trained, full.trained, sara.total_parameters) == (round(0.1 * total), total, total)
+    assert 0 < lora.added < full.step.gradients
+    assert full.total > lora.total > 4 * total
+    assert all(estimate.others > 0 for estimate in found)

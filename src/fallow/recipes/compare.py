@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +27,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 
@@ -35,7 +35,7 @@ from fallow.core.errors import ConfigError, FallowError, nearest
 from fallow.core.files import atomic_write
 from fallow.recipes.doctor import Source
 from fallow.recipes.evaluate import Evaluation, opened
-from fallow.recipes.methods import AMOUNTS, LORA_TARGETS, METHODS
+from fallow.recipes.methods import AMOUNTS, METHODS
 from fallow.recipes.settings import make_config
 from fallow.recipes.text_to_image import train
 from fallow.recipes.train_config import TrainConfig
@@ -450,7 +450,9 @@ def equal_parameters(method: str, config: CompareConfig) -> dict[str, Any]:
     if taken := options.keys() & set(AMOUNTS):
         raise ConfigError(f"budget={config.budget} and the option {min(taken)} of {name} exclude each other; give one")
     if method == "shira":
-        entries = sum(numel for shape, numel in _shapes(config.model).values() if len(shape) >= 2)
+        include = Source.find(config.model).family.include or ""
+        shapes = {name: found for name, found in _shapes(config.model).items() if re.search(include, name)}
+        entries = sum(numel for shape, numel in shapes.values() if len(shape) >= 2)
         return {"density": min(1.0, config.budget / entries)}
     return {"budget": config.budget}
 
@@ -460,22 +462,25 @@ def lora_parameters(model: str, targets: Sequence[str] | str | None) -> int:
 
     Raises ConfigError where none of the network's matrices is among them.
     """
-    names = LORA_TARGETS if targets is None else [targets] if isinstance(targets, str) else list(targets)
+    names = Source.find(model).family.targets_alone() if targets is None else targets
     count = 0
     for name, (shape, _) in _shapes(model).items():
-        layer = name.removesuffix(".weight")
-        if len(shape) >= 2 and any(layer == target or layer.endswith(f".{target}") for target in names):
+        if len(shape) >= 2 and is_target(name.removesuffix(".weight"), names):
             # A convolution's factors are (rank, C_in, kh, kw) and (C_out, rank, 1, 1).
             count += shape[0] + math.prod(shape[1:])
     if not count:
-        raise ConfigError(f"target_modules={names} names no layer of {model}; give others, such as {LORA_TARGETS}")
+        raise ConfigError(f"target_modules={names} names no layer of {model}; give others")
     return count
+
+
+def is_target(layer: str, targets: Sequence[str] | str) -> bool:
+    """Whether PEFT takes a layer for one of these: names or their ends, or one regular expression for whole names."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, layer) is not None
+    return any(layer == target or layer.endswith(f".{target}") for target in targets)
 
 
 def _shapes(model: str) -> dict[str, tuple[tuple[int, ...], int]]:
     """Shape and entries of each parameter of a model's network, from its configuration alone."""
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        network = UNet2DConditionModel.from_config(Source.find(model).config())
+    network = Source.find(model).network()
     return {name: (tuple(p.shape), p.numel()) for name, p in network.named_parameters()}

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import diffusers
 import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -30,10 +31,11 @@ from fallow import assets
 from fallow.analysis.memory import Estimate, estimate_dense, estimate_selective
 from fallow.core.compact import Form
 from fallow.core.errors import ConfigError, ModelError, SelectionError, nearest
+from fallow.recipes.families import Family, family_named
 from fallow.recipes.low_memory import WHOLE, BasePrecision, keep
-from fallow.recipes.methods import LORA_TARGETS, METHODS
+from fallow.recipes.methods import METHODS
 from fallow.recipes.pictures import buckets
-from fallow.recipes.pipelines import is_hub_id
+from fallow.recipes.pipelines import is_hub_id, kind_of_model
 
 # What the optional packages are for. Nothing of the two main commands needs any of them.
 OPTIONAL = {
@@ -324,7 +326,7 @@ def _estimate(plan: Plan, source: Source, method: str, others: int) -> Estimate:
             keep(network, plan.base_precision, plan.block_swap)
     if method == "lora":  # outside, since PEFT moves its tensors, which fake ones take amiss
         network.requires_grad_(False)
-        config = LoraConfig(r=plan.rank, lora_alpha=plan.rank, target_modules=LORA_TARGETS)
+        config = LoraConfig(r=plan.rank, lora_alpha=plan.rank, target_modules=source.family.targets_alone())
         inject_adapter_in_model(config, network, low_cpu_mem_usage=True)
     with fake:
         on_cpu(network)
@@ -337,11 +339,8 @@ def _estimate(plan: Plan, source: Source, method: str, others: int) -> Estimate:
 
 
 def unet_on_meta(plan: Plan, source: Source) -> Any:
-    """The UNet as its configuration describes it, without data."""
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        network = UNet2DConditionModel.from_config(source.config())
+    """The denoising network as its configuration describes it, without data."""
+    network = source.network()
     network.train()
     if plan.gradient_checkpointing and not plan.block_swap:  # which recomputes by itself
         network.enable_gradient_checkpointing()
@@ -381,10 +380,9 @@ class Source:
             return cls(name, assets.MINI_SD)
         folder = Path(name).expanduser()
         if folder.is_dir():
-            if not (folder / "unet" / "config.json").is_file():
-                raise ModelError(
-                    f"{folder} has no unet/config.json; give a Stable Diffusion pipeline as diffusers saves it"
-                )
+            part = family_named(kind_of_model(name), name).network
+            if not (folder / part / "config.json").is_file():
+                raise ModelError(f"{folder} has no {part}/config.json; give a pipeline as diffusers saves it")
             return cls(name, folder)
         if folder.exists() or not is_hub_id(name):
             raise ModelError(
@@ -392,12 +390,21 @@ class Source:
             )
         return cls(name, None)
 
-    def config(self) -> dict[str, Any]:
-        """The configuration of the UNet."""
-        from diffusers import UNet2DConditionModel
+    @property
+    def family(self) -> Family:
+        return family_named(kind_of_model(self.name), self.name)
 
+    def network(self) -> Any:
+        """The denoising network as its configuration describes it, without data."""
+        with torch.device("meta"):
+            return getattr(diffusers, self.family.network_class).from_config(self.config())
+
+    def config(self) -> dict[str, Any]:
+        """The configuration of the denoising network."""
+        family = self.family
+        cls = getattr(diffusers, family.network_class)
         try:
-            return dict(UNet2DConditionModel.load_config(str(self.folder or self.name), subfolder="unet"))
+            return dict(cls.load_config(str(self.folder or self.name), subfolder=family.network))
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise ModelError(
@@ -427,7 +434,7 @@ class Source:
         from safetensors import safe_open
 
         total = 0
-        for part in ("text_encoder", "text_encoder_2", "vae"):
+        for part in (*self.family.text_encoders, "vae"):
             for file in self.files(part):
                 with safe_open(file, framework="pt") as opened:
                     for name in opened.keys():  # noqa: SIM118  safe_open is no mapping
@@ -440,23 +447,21 @@ class Source:
 
 def batch_loss(plan: Plan, source: Source, network: Any) -> Callable[[], Tensor]:
     """The loss of one batch, as the recipe computes it; its tensors are made in the caller's mode."""
-    config = source.config()
-    side = int(config.get("sample_size") or 64)
+    config, family = source.config(), source.family
+    side = None
     if plan.resolution is not None:
-        multiple = pixels_per_latent(source) * 2 ** (len(config["block_out_channels"]) - 1)
-        buckets(plan.resolution, multiple)  # refuses, as training does, what the network cannot halve
+        # refuses, as training does, what the network cannot halve
+        buckets(plan.resolution, pixels_per_latent(source) * family.grid(config))
         side = plan.resolution // pixels_per_latent(source)
-    channels, width = int(config["in_channels"]), config["cross_attention_dim"]
-    width = int(width[0] if isinstance(width, (list, tuple)) else width)
-    noisy = torch.randn(plan.batch_size, channels, side, side)
-    target = torch.randn(plan.batch_size, int(config["out_channels"]), side, side)
-    text = torch.randn(plan.batch_size, source.text_length(), width)
-    when = torch.ones(plan.batch_size, dtype=torch.long)
+    noisy = torch.randn(plan.batch_size, *family.latents(config, side))
+    target = torch.randn(noisy.shape)
+    conditions = family.blank(config, plan.batch_size, source.text_length())
+    when = torch.ones(plan.batch_size)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.precision)
 
     def loss() -> Tensor:
         with torch.autocast("cpu", half) if half else contextlib.nullcontext():
-            predicted = network(noisy, when, text).sample
+            predicted = family.predict(network, noisy, when, conditions)
         return (predicted.float() - target).square().mean()
 
     return loss
@@ -515,7 +520,7 @@ def under(threshold: float, source: Source, sizes: Mapping[str, int]) -> dict[st
     """How many entries of each tensor are smaller than the threshold; reads one tensor at a time."""
     from safetensors import SafetensorError, safe_open
 
-    files = source.files("unet")
+    files = source.files(source.family.network)
     if not files:
         raise ModelError(
             f"the weights of {source.name} are not here, so a threshold cannot be counted; give fraction or budget"

@@ -24,6 +24,10 @@ class AnimateDiff(Family):
     include = r"\.motion_modules\."
     clips = True
 
+    def latents(self, config: Mapping[str, Any], side: int | None) -> tuple[int, ...]:
+        channels, height, width = super().latents(config, side)
+        return channels, min(FRAMES, int(config["motion_max_seq_length"])), height, width
+
     def predict(self, network: Any, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         text = conditions["text"].repeat_interleave(noisy.shape[2], 0)  # each frame has its clip's
         predicted: Tensor = network(noisy, timesteps, text).sample

@@ -86,6 +86,10 @@ class Family:
         found = {name: getattr(pipeline, name, None) for name in self.text_encoders}
         return {name: part for name, part in found.items() if part is not None}
 
+    def targets_alone(self) -> list[str] | str:
+        """What LoRA is put on in the network, as PEFT takes it."""
+        return self.lora_targets if isinstance(self.lora_targets, str) else list(self.lora_targets)
+
     def targets(self, pipeline: Any) -> dict[str, Sequence[str] | str]:
         """What LoRA is put on, by part; "" is the network where it stands alone."""
         own: dict[str, Sequence[str] | str] = {"": self.lora_targets, self.network: self.lora_targets}
@@ -128,9 +132,25 @@ class Family:
         """What the network is told of a picture apart from its caption; without a batch axis."""
         return {}
 
+    # -- of a configuration alone, to estimate memory -----------------------------------------------------------------
+
+    def grid(self, config: Mapping[str, Any]) -> int:
+        """What the sides of latents are multiples of in training."""
+        return int(2 ** (len(config["block_out_channels"]) - 1))
+
+    def latents(self, config: Mapping[str, Any], side: int | None) -> tuple[int, ...]:
+        """The shape of a picture's latents of this side, None is the model's own, without a batch axis."""
+        side = side or int(config.get("sample_size") or 64)
+        return int(config["in_channels"]), side, side
+
+    def blank(self, config: Mapping[str, Any], count: int, tokens: int) -> Conditions:
+        """Conditions of the right shapes and no meaning; `tokens` are those of CLIP."""
+        width = config["cross_attention_dim"]
+        return {"text": torch.randn(count, tokens, int(width[0] if isinstance(width, (list, tuple)) else width))}
+
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def objective(self, pipeline: Any, prediction: str | None = None, **flow: Any) -> noise.Objective:
+    def objective(self, pipeline: Any, prediction: noise.Prediction | None = None, **flow: Any) -> noise.Objective:
         """What the network is trained to predict; `prediction` where the model's scheduler says it wrongly.
 
         ConfigError for what is impossible with this family: `flow` are options of flow matching.

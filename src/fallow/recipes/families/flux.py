@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from fallow.recipes.families.family import Ask, Conditions
 from fallow.recipes.families.stable_diffusion_3 import FlowFamily
 
 PATCH = 2  # latents that are packed into one token, along each side
+SIDE = 128  # latents of a side of the model's own pictures, of 1024 pixels
 GUIDANCE = 1.0  # what a guidance-distilled network is told in training: none
 
 
@@ -34,6 +35,18 @@ class Flux(FlowFamily):
     def tokens(self, pipeline: Any) -> int:
         """What T5 reads of a prompt."""
         return 512 if self.part(pipeline).config.guidance_embeds else 256
+
+    def grid(self, config: Mapping[str, Any]) -> int:
+        return PATCH
+
+    def latents(self, config: Mapping[str, Any], side: int | None) -> tuple[int, ...]:
+        side = side or SIDE
+        return int(config["in_channels"]) // PATCH**2, side, side
+
+    def blank(self, config: Mapping[str, Any], count: int, tokens: int) -> Conditions:
+        read = 512 if config["guidance_embeds"] else 256
+        found = super().blank(config, count, tokens)
+        return found | {"text": torch.randn(count, read, int(config["joint_attention_dim"]))}
 
     def encode(self, pipeline: Any, captions: Sequence[str]) -> Conditions:
         embedded, pooled, _ = pipeline.encode_prompt(

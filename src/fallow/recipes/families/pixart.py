@@ -30,6 +30,19 @@ class PixArt(Family):
     def drawing_multiple(self, pipeline: Any) -> int:
         return self.multiple(pipeline)
 
+    def grid(self, config: Mapping[str, Any]) -> int:
+        return int(config["patch_size"])
+
+    def blank(self, config: Mapping[str, Any], count: int, tokens: int) -> Conditions:
+        found = {
+            "text": torch.randn(count, 120, int(config["caption_channels"])),
+            "mask": torch.ones(count, 120, dtype=torch.long),
+        }
+        told = config.get("use_additional_conditions")
+        if config["sample_size"] == 128 if told is None else told:
+            found |= {"resolution": torch.ones(count, 2), "aspect_ratio": torch.ones(count, 1)}
+        return found
+
     def tokens(self, pipeline: Any) -> int:
         """What T5 reads of a prompt."""
         return 300 if type(pipeline).__name__ == "PixArtSigmaPipeline" else 120

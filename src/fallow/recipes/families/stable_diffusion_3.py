@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fallow.core.errors import ConfigError
 from fallow.recipes.families.family import ATTENTION, Conditions, Family
 from fallow.recipes.flow_matching import FlowMatching
+from fallow.recipes.noise import Prediction
 
 TOKENS = 256  # that T5 reads of a prompt, as the pipeline has it
 
@@ -34,7 +36,16 @@ class FlowFamily(Family):
     def side(self, pipeline: Any) -> int:
         return int(pipeline.default_sample_size) * int(pipeline.vae_scale_factor)
 
-    def objective(self, pipeline: Any, prediction: str | None = None, **flow: Any) -> FlowMatching:
+    def grid(self, config: Mapping[str, Any]) -> int:
+        return int(config["patch_size"])
+
+    def blank(self, config: Mapping[str, Any], count: int, tokens: int) -> Conditions:
+        return {
+            "text": torch.randn(count, tokens + TOKENS, int(config["joint_attention_dim"])),
+            "pooled": torch.randn(count, int(config["pooled_projection_dim"])),
+        }
+
+    def objective(self, pipeline: Any, prediction: Prediction | None = None, **flow: Any) -> FlowMatching:
         if prediction is not None:
             raise ConfigError(f"prediction={prediction} is for models of diffusion; {self.title} predicts flow")
         given = {name: value for name, value in flow.items() if value is not None}

@@ -40,6 +40,13 @@ class StableDiffusionXL(Family):
         told = (picture.height, picture.width, top, left, height, width)
         return {"time_ids": torch.tensor(told, dtype=torch.float32)}
 
+    def blank(self, config: Mapping[str, Any], count: int, tokens: int) -> Conditions:
+        pooled = int(config["projection_class_embeddings_input_dim"]) - 6 * int(config["addition_time_embed_dim"])
+        return super().blank(config, count, tokens) | {
+            "pooled": torch.randn(count, pooled),
+            "time_ids": torch.ones(count, 6),
+        }
+
     def predict(self, network: Any, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         told = {"text_embeds": conditions["pooled"], "time_ids": conditions["time_ids"]}
         predicted: Tensor = network(noisy, timesteps, conditions["text"], added_cond_kwargs=told).sample
