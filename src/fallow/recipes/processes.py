@@ -181,7 +181,7 @@ def launch(processes: int, arguments: Sequence[str], *, debug: bool = False) -> 
                 if process.poll() is None:
                     process.kill()
                     process.wait()
-        return _told(running, dead, Path(reports))
+        return cause(running, dead, Path(reports))
 
 
 def wait_for(running: Sequence[subprocess.Popen[bytes]]) -> int | None:
@@ -232,11 +232,10 @@ def leave_report(title: str, message: str, code: int) -> bool:
     return True
 
 
-def _told(running: Sequence[subprocess.Popen[bytes]], failed: int | None, reports: Path) -> Ended:
-    """The cause: a process that was killed, else whichever told first; the others failed because it did."""
+def cause(running: Sequence[subprocess.Popen[bytes]], failed: int | None, reports: Path) -> Ended:
+    """What ended the run: a process that was killed, else whichever told first; the others failed because it did."""
     if failed is None:
         return Ended(0)
-    told = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(reports.glob("*.json"))]
     if not (reports / f"{failed}.json").exists():
         code = running[failed].returncode
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -245,5 +244,6 @@ def _told(running: Sequence[subprocess.Popen[bytes]], failed: int | None, report
             1 if code < 0 else code,
             message=f"process {failed} of {len(running)} {how}{killed}; what was saved before is kept",
         )
-    first = min(told, key=lambda report: report["time"])
+    every = [json.loads(file.read_text(encoding="utf-8")) for file in reports.glob("*.json")]
+    first = min(every, key=lambda report: report["time"])
     return Ended(first["code"], first["title"], first["message"])
