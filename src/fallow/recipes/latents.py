@@ -46,10 +46,13 @@ class Batch:
     def parts(self, size: int) -> Iterator[Batch]:
         """The batch in pieces of so many pictures, the last one perhaps smaller: for accumulation."""
         for begin in range(0, len(self.latents), size):
-            end = begin + size
-            conditions = {name: value[begin:end] for name, value in self.conditions.items()}
-            captions = self.captions[begin:end]
-            yield Batch(self.latents[begin:end], conditions, self.drawn.part(begin, end), captions, self.encode)
+            yield self.part(begin, begin + size)
+
+    def part(self, begin: int, end: int) -> Batch:
+        """Some of its pictures."""
+        conditions = {name: value[begin:end] for name, value in self.conditions.items()}
+        captions, drawn = self.captions[begin:end], self.drawn.part(begin, end)
+        return Batch(self.latents[begin:end], conditions, drawn, captions, self.encode)
 
     def __len__(self) -> int:
         return len(self.latents)

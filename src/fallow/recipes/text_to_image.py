@@ -43,6 +43,7 @@ from fallow.recipes.moving_average import MovingAverage
 from fallow.recipes.parts import Parts, parts_of
 from fallow.recipes.pictures import Batches, Picture, Size, fit, open_picture, read_pictures
 from fallow.recipes.pipelines import check_frames, chosen_device, generate, kind_of_model, load_pipeline
+from fallow.recipes.processes import Processes, join
 from fallow.recipes.progress import Journal, forget_peak, peak_memory
 from fallow.recipes.settings import differences, make_config
 from fallow.recipes.train_config import FREE, TrainConfig
@@ -60,6 +61,7 @@ class Outcome:
     adapter: Path
     report: Path
     info: dict[str, Any]
+    main: bool = True  # False in the processes of a run that leave files and words to the first one
 
 
 def train(
@@ -78,35 +80,45 @@ def train(
     before anything is trained (a new run then leaves no directory), and TrainingError where the loss is no number any
     more; checkpoints are kept.
     """
-    console = console or Console(stderr=True, quiet=True)
+    processes = join(config.device)
+    console = console if console is not None and processes.main else Console(stderr=True, quiet=True)
     resumed = config.resume is not None
     if resumed:
         config, folder = resumed_config(config)
         there = True
     else:
-        there = config.output is not None and config.output.is_dir()
-        folder = config.output or run_directory.new_folder(config.method, config.data)
-        run_directory.make(folder)
-    with run_directory.alone(folder):
-        run = begin(config, folder, console, resumed, there)
+        folder, there = processes.decide(lambda: new_place(config))
+    with contextlib.ExitStack() as held:
+        processes.decide(lambda: held.enter_context(run_directory.alone(folder)))
+        run = begin(config, folder, console, resumed, there, processes)
         return carry_out(run, resumed, command, after_step)
 
 
-def begin(config: TrainConfig, folder: Path, console: Console, resumed: bool, there: bool) -> Run:
+def new_place(config: TrainConfig) -> tuple[Path, bool]:
+    """The directory of a new run, and whether it was there before."""
+    there = config.output is not None and config.output.is_dir()
+    folder = config.output or run_directory.new_folder(config.method, config.data)
+    run_directory.make(folder)
+    return folder, there
+
+
+def begin(config: TrainConfig, folder: Path, console: Console, resumed: bool, there: bool, processes: Processes) -> Run:
     """The run up to its first step; a new one that fails leaves nothing, and no directory that was not `there`."""
     if resumed:
-        sweep(folder, deep=True, alone=True)  # what a killed process was writing
+        processes.decide(lambda: sweep(folder, deep=True, alone=True))  # what a killed process was writing
         anew = not checkpoints(folder) and run_directory.began(folder)
-        return Run(config, folder, None if anew else load_checkpoint(folder), console)
-    run_directory.claim(folder)
+        return Run(config, folder, None if anew else load_checkpoint(folder), console, processes)
+    processes.decide(lambda: run_directory.claim(folder))
     try:
-        run_directory.write_settings(folder, config)  # first of all, so that a run that is killed can be resumed
-        return Run(config, folder, None, console)
+        if processes.main:  # first of all, so that a run that is killed can be resumed
+            run_directory.write_settings(folder, config)
+        return Run(config, folder, None, console, processes)
     except BaseException:
-        run_directory.clear(folder)
-        if not there:
-            with contextlib.suppress(OSError):  # another run has taken it
-                folder.rmdir()
+        if processes.main:
+            run_directory.clear(folder)
+            if not there:
+                with contextlib.suppress(OSError):  # another run has taken it
+                    folder.rmdir()
         raise
 
 
@@ -154,8 +166,18 @@ def resumed_config(config: TrainConfig) -> tuple[TrainConfig, Path]:
 class Run:
     """A run on its way: the network in training, the data, and what is written about it."""
 
-    def __init__(self, config: TrainConfig, folder: Path, state: dict[str, Any] | None, console: Console) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        state: dict[str, Any] | None,
+        console: Console,
+        processes: Processes | None = None,
+    ) -> None:
         """Everything up to the first step; with `state`, of a checkpoint, up to the first step after it."""
+        self.processes, self.home = processes or Processes(), folder
+        if not self.processes.main:  # what this one writes is for nobody, and it draws nothing
+            folder, config = self.processes.scratch(), config.model_copy(update={"samples": 0})
         self.config, self.folder, self.console = config, folder, console
         self.step, self.seconds = 0, 0.0  # updates made, and the time they took
         self.warmup = min(100, config.steps // 20) if config.warmup is None else config.warmup
@@ -271,7 +293,11 @@ class Run:
 
     def draw_class_pictures(self, prompt: str) -> list[Picture]:
         """What the base model draws for the class, kept in the run directory; what is there already is used again."""
-        folder = self.folder / "class-pictures"
+        folder = self.home / "class-pictures"
+        self.processes.decide(lambda: self.draw_missing(prompt, folder))
+        return read_pictures(folder, prompt)
+
+    def draw_missing(self, prompt: str, folder: Path) -> None:
         files = [folder / f"picture-{number:04d}.png" for number in range(self.config.class_images)]
         missing = [number for number, file in enumerate(files) if not file.exists()]
         for begin in range(0, len(missing), COLUMNS * 4):
@@ -280,7 +306,6 @@ class Run:
             for number, picture in zip(some, self.drawn([prompt] * len(some), seeds), strict=True):
                 with atomic_write(files[number]) as partial:
                     picture.save(partial, format="PNG")
-        return read_pictures(folder, prompt)
 
     def put_into_training(self) -> Trained:
         """The network under the chosen method, in training mode."""
@@ -343,13 +368,13 @@ class Run:
                     self.save()
                 if after_step is not None:
                     after_step(self.step)
-                if interrupted():
+                if self.processes.any(interrupted()):
                     if not due:
                         self.look()
                         self.save()
                     raise KeyboardInterrupt(
                         f"stopped after step {self.step} of {config.steps}, which is saved. Go on with: "
-                        f"fallow train --resume {shlex.quote(str(self.folder))}"
+                        f"fallow train --resume {shlex.quote(str(self.home))}"
                     )
                 if config.samples and config.sample_every and self.step % config.sample_every == 0 and not last:
                     self.note_peak()
@@ -367,15 +392,18 @@ class Run:
         share = rate_at(self.step, config.steps, self.warmup, config.schedule)
         for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * share
-        torch.manual_seed(seed_of("network", config.seed, self.step))  # what dropout in the network draws
+        which = (self.processes.rank,) if self.processes.rank else ()
+        torch.manual_seed(seed_of("network", config.seed, self.step, *which))  # what dropout in the network draws
         batch = self.example_batch(next(self.batches), seeded("step", config.seed, self.step))
-        total = self.backward(batch, 1.0)
-        if self.class_examples is not None:
-            chance = seeded("class step", config.seed, self.step)
-            prior = self.class_examples.batch(next(self.class_batches), chance, noise_offset=config.noise_offset)
-            total = total + self.backward(prior, config.prior_weight)
-        self.scaler.unscale_(optimizer)
+        with self.processes.apart(optimizer):
+            total = self.backward(batch, 1.0)
+            if self.class_examples is not None:
+                chance = seeded("class step", config.seed, self.step)
+                prior = self.class_examples.batch(next(self.class_batches), chance, noise_offset=config.noise_offset)
+                total = total + self.backward(prior, config.prior_weight)
         proxies = [] if low_memory.is_fused(config) else self.trained.trainable()  # fused, the gradients are gone
+        total = self.processes.average(optimizer, proxies, total)
+        self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(proxies, config.max_grad_norm or math.inf)
         self.scaler.step(optimizer)
         self.scaler.update()
@@ -392,10 +420,14 @@ class Run:
         )
 
     def backward(self, batch: Batch, weight: float) -> torch.Tensor:
-        """Gradients of weight * loss, in pieces of `batch_size` pictures; returns that loss."""
+        """Gradients of weight * loss, in pieces of `batch_size` pictures; returns that loss.
+
+        Of several processes each sees its share of the batch, weighted so that their mean is that of the whole.
+        """
         total = torch.zeros((), device=self.device)
-        for part in batch.parts(self.config.batch_size):
-            loss = self.loss(part) * (weight * len(part) / len(batch))
+        own = batch.part(*self.processes.share(len(batch)))
+        for part in own.parts(self.config.batch_size):
+            loss = self.loss(part) * (weight * len(part) * self.processes.count / len(batch))
             self.scaler.scale(loss).backward()
             total += loss.detach()
         return total
@@ -415,7 +447,7 @@ class Run:
                 raise TrainingError(self.diverged(step, loss))
 
     def diverged(self, step: int, loss: float) -> str:
-        saved = checkpoints(self.folder)
+        saved = checkpoints(self.home)
         kept = f"the last good checkpoint is {saved[-1]}" if saved else "there was no checkpoint yet"
         what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
         half = ", or train with precision bf16 or no" if self.config.precision == "fp16" else ""
@@ -430,7 +462,8 @@ class Run:
         """Write a checkpoint of this step. TrainingError where a trained value is no number: none is then written."""
         if not all(bool(torch.isfinite(value).all()) for value in self.trained.masters().values()):
             raise TrainingError(self.diverged(self.step, math.nan))
-        save_checkpoint(self.folder, self.step, self.state_dict(), self.config.keep)
+        if self.processes.main:
+            save_checkpoint(self.folder, self.step, self.state_dict(), self.config.keep)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the steps from here depend on, besides the settings."""
@@ -454,7 +487,7 @@ class Run:
         # Parts are missing, or of other kinds and shapes than this run's.
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
             raise AdapterError(
-                f"the last checkpoint of {self.folder} does not fit this run ({type(error).__name__}: {error}); was "
+                f"the last checkpoint of {self.home} does not fit this run ({type(error).__name__}: {error}); was "
                 "the base model replaced, or Fallow updated? Train anew"
             ) from error
 
@@ -535,7 +568,9 @@ class Run:
 
     def finish(self) -> Outcome:
         """The adapter, the last drawings and the page."""
-        config, adapter = self.config, self.folder / "adapter"
+        config, adapter = self.config, self.home / "adapter"
+        if not self.processes.main:
+            return Outcome(self.home, adapter, self.home / "report.html", self.info, main=False)
         self.note_peak()
         metadata = {
             "base_model": config.model, "data": config.data, "steps": self.step, "lr": self.rates[0],
@@ -555,6 +590,8 @@ class Run:
 
     def end(self, status: str, error: str | None, **more: Any) -> Path | None:
         """run.json and the page, as things stand."""
+        if not self.processes.main:
+            return None
         each = self.seconds / self.step if self.step else None
         run_directory.write_info(
             self.folder, self.info, status=status, error=error, steps=self.step, seconds=self.seconds,
