@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from json import loads as load
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,13 @@ def train_command() -> Any:
     path = flags.option("config", Path | None, "--config", "-c", help="A TOML file with settings; flags win over it.")
     resume = flags.option("resume", Path | None, "--resume", help="Go on with this run from its last checkpoint.")
     json = flags.option("json", bool, "--json", help="Print the result as JSON, and nothing else on stdout.")
+    processes = flags.option(
+        "processes",
+        int | None,
+        "--processes",
+        metavar="<int>",
+        help="Share each batch between so many processes on this machine, one to a GPU (default: 1).",
+    )
     pairs = flags.option(
         "option",
         list[str] | None,
@@ -60,7 +68,7 @@ def train_command() -> Any:
     return flags.command_from(
         TrainConfig,
         run_train,
-        [path, resume, json, pairs, *direct],
+        [path, resume, json, processes, pairs, *direct],
         name="train",
         help=TRAIN_HELP,
         epilog=TRAIN_EXAMPLE,
@@ -74,10 +82,12 @@ def run_train(
     config: Path | None,
     resume: Path | None,
     json: bool | None,
+    processes: int | None,
     option: list[str] | None,
     **direct: str | None,
 ) -> None:
     """Train, then say where everything is and what it took."""
+    from fallow.recipes import processes as shared
     from fallow.recipes.text_to_image import train
     from fallow.recipes.train_config import TrainConfig
 
@@ -93,9 +103,17 @@ def run_train(
     if resume is not None:
         given["resume"] = resume
     settings = flags.make_config(TrainConfig, given, config)
+    if processes is not None and not shared.started():
+        shared.check_count(processes, settings.device)
+        if processes > 1:
+            ended = shared.launch(processes, sys.argv[1:], debug="--debug" in sys.argv)
+            if ended.code:
+                show.error(ended.message, title=ended.title)
+            raise typer.Exit(ended.code)
     with show.only_json(bool(json)):
         outcome = train(settings, console=show.console(stderr=True), command=flags.command_line())
-    show_run(outcome, bool(json))
+    if outcome.main:
+        show_run(outcome, bool(json))
 
 
 def show_run(outcome: Any, json: bool) -> None:
