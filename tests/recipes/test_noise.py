@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from fallow.recipes.noise import Diffusion, Draw, denoising_loss, draw, min_snr_weights, target
+from fallow.recipes.losses import LossRules
+from fallow.recipes.noise import PLAIN, Diffusion, Draw, NoiseRules, denoising_loss, draw, min_snr_weights, target
 
 
 class Answers:
@@ -57,7 +58,9 @@ def test_the_target_is_noise_velocity_or_the_picture(scheduler):
 
 def test_the_loss_is_the_weighted_mean_of_the_pictures_own(scheduler):
     latents, noise, t = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([5, 300, 900])
-    got = denoising_loss(Answers(0.5), Diffusion(scheduler, "epsilon"), latents, Draw(noise, t), min_snr=5.0)
+    got = denoising_loss(
+        Answers(0.5), Diffusion(scheduler, "epsilon"), latents, Draw(noise, t), rules=LossRules(min_snr=5.0)
+    )
     each = [float((0.5 - noise[i]).square().mean()) for i in range(3)]
     weights = [reference_weight(float(scheduler.alphas_cumprod[i]), 5.0, "epsilon") for i in t]
     assert float(got) == pytest.approx(sum(w * e for w, e in zip(weights, each, strict=True)) / 3, rel=1e-4)
@@ -65,8 +68,8 @@ def test_the_loss_is_the_weighted_mean_of_the_pictures_own(scheduler):
 
 def test_the_offset_is_shared_by_a_channel_and_has_its_size():
     shape = torch.Size((64, 4, 8, 8))
-    plain = draw(shape, 1000, 0.0, torch.Generator().manual_seed(3), torch.device("cpu"))
-    offset = draw(shape, 1000, 0.5, torch.Generator().manual_seed(3), torch.device("cpu"))
+    plain = draw(shape, 1000, PLAIN, torch.Generator().manual_seed(3), torch.device("cpu"))
+    offset = draw(shape, 1000, NoiseRules(offset=0.5), torch.Generator().manual_seed(3), torch.device("cpu"))
     added = offset.noise - plain.noise
     assert (added - added.mean((2, 3), keepdim=True)).abs().max() < 1e-5
     assert float(added.mean((2, 3)).std()) == pytest.approx(0.5, abs=0.06)
@@ -74,7 +77,7 @@ def test_the_offset_is_shared_by_a_channel_and_has_its_size():
 
 def test_noise_and_timesteps_follow_the_generator_and_cover_the_range():
     shape = torch.Size((500, 1, 2, 2))
-    one, two, other = (draw(shape, 10, 0.0, torch.Generator().manual_seed(s), torch.device("cpu")) for s in (1, 1, 2))
+    one, two, other = (draw(shape, 10, PLAIN, torch.Generator().manual_seed(s), torch.device("cpu")) for s in (1, 1, 2))
     assert torch.equal(one.noise, two.noise)
     assert torch.equal(one.timesteps, two.timesteps)
     assert not torch.equal(one.noise, other.noise)

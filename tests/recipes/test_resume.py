@@ -15,9 +15,11 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from fallow.core.errors import AdapterError, ConfigError
-from fallow.core.files import read_tensors
+from fallow.core.files import _host, read_tensors
 from fallow.recipes.checkpoints import checkpoints, join, load_checkpoint, save_checkpoint, split
-from fallow.recipes.text_to_image import train
+from fallow.recipes.pipelines import load_pipeline
+from fallow.recipes.run_directory import alone
+from fallow.recipes.text_to_image import train, weight_marks
 from fallow.recipes.train_config import TrainConfig
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -162,7 +164,7 @@ def test_a_resumed_run_tells_every_command_and_how_to_go_on_can_be_pasted(settin
 def test_a_nested_state_survives_as_tensors_and_json(tmp_path):
     state = {
         "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(2, 3)}, 1: {}},
-        "groups": [{"betas": (0.9, 0.99), "params": [0, 1], "fused": True, "lr": 1e-4, "name": None}],
+        "groups": [{"betas": (0.9, 0.99), "params": [0, 1], "fused": True, "lr": 1e-4, "name": None, "most": float("inf")}],
         "half": torch.randn(3).bfloat16(), "index": torch.arange(3, dtype=torch.int32), "empty": torch.zeros(0),
     }  # fmt: skip
     tensors, rest = split(state)
@@ -203,3 +205,53 @@ def test_a_run_whose_base_has_been_exchanged_is_not_resumed(settings, tiny_sd, t
     with pytest.raises(ConfigError, match=r"begun on another base: 'unet.conv_in.weight' of .* holds other values now"):
         train(TrainConfig(resume=tmp_path / "run"))
     assert checkpoints(tmp_path / "run")
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew_in_its_place(settings, tmp_path):
+    whole = train(settings(output=tmp_path / "whole", steps=3))
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(whole.folder / "config.toml", run)  # killed in its start-up: this is all there is
+    (run / f".config.toml.{_host()}-1-x.partial").touch()
+    parts = train(TrainConfig(resume=run))
+    assert losses(parts.folder) == losses(whole.folder)
+    assert_same_file(parts.adapter / "adapter_model.safetensors", whole.adapter / "adapter_model.safetensors")
+    assert not list(run.rglob(".*"))
+
+
+def test_two_runs_cannot_write_into_one_directory(settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    with alone(tmp_path / "run"):
+        for more in ({"output": tmp_path / "run"}, {"output": tmp_path / "run", "steps": 3}):
+            with pytest.raises(ConfigError, match=rf"run is being written by another run \(process {os.getpid()} on "):
+                train(settings(**more))
+    assert not list((tmp_path / "run").iterdir())
+    with alone(tmp_path / "run"):
+        pass
+
+
+def test_one_changed_bit_of_any_weight_of_any_part_is_another_base(tiny_sd):
+    pipeline = load_pipeline(str(tiny_sd), device="cpu")
+    known = weight_marks(pipeline)
+    assert {name.split(".")[0] for name in known} == {"unet", "vae", "text_encoder"}
+    assert len(known) == sum(len(list(p.parameters())) for p in (pipeline.unet, pipeline.vae, pipeline.text_encoder))
+    for part in ("unet", "vae", "text_encoder"):
+        name, weight = list(getattr(pipeline, part).named_parameters())[-1]
+        weight.data.view(-1).view(torch.int32)[-1] ^= 1
+        now = weight_marks(pipeline)
+        assert [one for one in known if now[one] != known[one]] == [f"{part}.{name}"]
+        weight.data.view(-1).view(torch.int32)[-1] ^= 1
+    assert weight_marks(pipeline) == known
+
+
+def test_a_checkpoint_of_which_a_bit_has_changed_is_not_read(tmp_path):
+    folder = save_checkpoint(tmp_path, 1, {"step": 1, "weight": torch.randn(50)}, 0)
+    for name, where in (("state.safetensors", -3), ("state.json", -20)):
+        whole = (folder / name).read_bytes()
+        other = bytearray(whole)
+        other[where] ^= 1
+        (folder / name).write_bytes(other)
+        with pytest.raises(AdapterError, match="is damaged"):
+            load_checkpoint(tmp_path)
+        (folder / name).write_bytes(whole)
+    assert load_checkpoint(tmp_path)["step"] == 1

@@ -125,6 +125,17 @@ def test_events_are_told_in_words(run):
     assert "20 reselect kept 25 of 100 trained entries (25%)" in text
 
 
+def test_validation_has_a_curve_and_its_lowest_loss_but_no_events(run):
+    with (run / "metrics.jsonl").open("a") as file:
+        for step, loss in ((0, 0.61), (20, 0.52), (40, 0.57)):
+            file.write(json.dumps({"event": "validation", "step": step, "validation_loss": loss}) + "\n")
+    change(run, validation={"loss": 0.57, "best": {"step": 20, "loss": 0.52}})
+    page = write_run_report(run).read_text()
+    assert "lowest, after step 20" in page
+    assert "loss on pictures held out" in page
+    assert "validation_loss" not in page
+
+
 def test_command_config_and_environment_are_there_to_run_it_again(run):
     source, text = page(run)
     assert "fallow train --data blueprint" in text

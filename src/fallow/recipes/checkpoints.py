@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shlex
 from pathlib import Path
@@ -52,6 +53,8 @@ def split(state: Any) -> tuple[dict[str, Tensor], Any]:
         if isinstance(value, list | tuple):
             parts = [walk(inner, f"{place}/{at}") for at, inner in enumerate(value)]
             return parts if isinstance(value, list) else {"tuple": parts}
+        if isinstance(value, float) and not math.isfinite(value):  # as in Prodigy's groups; JSON has no such numbers
+            return {"number": str(value)}
         if isinstance(value, PLAIN):
             return value
         raise TypeError(f"{place or 'the state'} is a {type(value).__name__}, which a checkpoint does not hold")
@@ -67,6 +70,8 @@ def join(tensors: dict[str, Tensor], rest: Any) -> Any:
         return rest
     if "tensor" in rest:
         return tensors[rest["tensor"]]
+    if "number" in rest:
+        return float(rest["number"])
     if "tuple" in rest:
         return tuple(join(tensors, part) for part in rest["tuple"])
     return {key: join(tensors, part) for key, part in rest["dict"]}

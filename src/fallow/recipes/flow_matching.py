@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fallow.recipes.noise import Draw, offset_noise
+from fallow.recipes.noise import Draw, NoiseRules, perturbation, some_noise
 
 Density = Literal["logit-normal", "uniform"]
 Weighting = Literal["none", "cosmap"]
@@ -37,15 +37,22 @@ class FlowMatching:
         self.density, self.weighting = density, weighting
         self.steps = int(self.config.num_train_timesteps)
 
-    def draw(self, shape: torch.Size, offset: float, generator: torch.Generator, device: torch.device) -> Draw:
-        """Noise and timesteps (B,) in (0, 1000), no whole numbers, for latents (B, C, h, w)."""
-        noise = offset_noise(shape, offset, generator)
+    def draw(self, shape: torch.Size, how: NoiseRules, generator: torch.Generator, device: torch.device) -> Draw:
+        """Noise and timesteps (B,) in (0, 1000), no whole numbers, for latents (B, C, h, w).
+
+        Where only a part of the timesteps is trained, what is drawn is squeezed into it.
+        """
+        noise = some_noise(shape, how, generator)
         if self.density == "uniform":
             share = torch.rand(shape[0], generator=generator)
         else:
             share = torch.randn(shape[0], generator=generator).sigmoid()
         k = self.shift(shape)
-        return Draw(noise.to(device), (k * share / (1 + (k - 1) * share) * self.steps).to(device))
+        share = k * share / (1 + (k - 1) * share)
+        first, end = how.first_timestep, self.steps if how.last_timestep is None else how.last_timestep
+        extra = perturbation(shape, how, generator)
+        moved = None if extra is None else extra.to(device)
+        return Draw(noise.to(device), (first + share * (end - first)).to(device), moved)
 
     def shift(self, shape: torch.Size) -> float:
         """k for latents of this shape."""
@@ -75,3 +82,10 @@ class FlowMatching:
             return None
         sigmas = drawn.timesteps.float() / self.steps
         return 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas.square()))
+
+    def snr(self, drawn: Draw) -> Tensor:
+        sigmas = self.times(drawn)
+        return ((1 - sigmas) / sigmas).square()
+
+    def times(self, drawn: Draw) -> Tensor:
+        return drawn.timesteps.float() / self.steps

@@ -12,6 +12,7 @@ formulas are those of kohya's sd-scripts; masks are weighted as OneTrainer does 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,6 +21,22 @@ from torch import Tensor
 Distance = Literal["mse", "huber", "smooth-l1", "l1"]
 HuberSchedule = Literal["constant", "exponential", "snr"]
 LARGEST_SNR = 1000.0  # of debiased estimation: the first timesteps would have weights near 0
+
+
+@dataclass(frozen=True)
+class LossRules:
+    """What the loss of a picture is; the defaults: the plain mean of the squares.
+
+    `min_snr`: gamma of min-SNR weights (fallow.recipes.noise); `debiased`: those of debiased estimation.
+    """
+
+    distance: Distance = "mse"
+    huber_delta: float = 0.1
+    huber_schedule: HuberSchedule = "snr"
+    min_snr: float | None = None
+    debiased: bool = False
+    unmasked_weight: float = 0.0
+    normalize_masked_loss: bool = False
 
 
 def distances(predicted: Tensor, wanted: Tensor, kind: Distance = "mse", delta: Tensor | None = None) -> Tensor:

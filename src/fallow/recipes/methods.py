@@ -82,7 +82,7 @@ class Trained(Protocol):
 
     `trained_where` tells for each weight how many of its entries are trained, and how many it has; `threshold` is what
     |W| was below where that decided; `events` grows by what happens at steps. `masters()` and `put()` give and set the
-    trained values exactly, by name: for averages over the steps.
+    trained values exactly, by name: for averages over the steps. `notes` is what the adapter's file tells other tools.
     """
 
     trained_parameters: int
@@ -98,7 +98,9 @@ class Trained(Protocol):
     def trainable(self) -> list[nn.Parameter]: ...
     def masters(self) -> dict[str, Tensor]: ...
     def put(self, values: dict[str, Tensor]) -> None: ...
-    def save_adapter(self, folder: Path, metadata: Mapping[str, Any]) -> None: ...
+    def save_adapter(
+        self, folder: Path, metadata: Mapping[str, Any], notes: Mapping[str, str] | None = None
+    ) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -128,11 +130,11 @@ class SelectiveTraining:
     def put(self, values: dict[str, Tensor]) -> None:
         self.optimizer.put(values)
 
-    def save_adapter(self, folder: Path, metadata: Mapping[str, Any]) -> None:
+    def save_adapter(self, folder: Path, metadata: Mapping[str, Any], notes: Mapping[str, str] | None = None) -> None:
         delta = self.optimizer.delta(self.store, **metadata)  # type: ignore[arg-type]
 
         def write(name: str, part: nn.Module, place: Path) -> None:
-            dataclasses.replace(delta, entries=of_part(delta.entries, name)).save(place)
+            dataclasses.replace(delta, entries=of_part(delta.entries, name)).save(place, notes=notes)
 
         write_each(self.optimizer.model, folder, write)
 
@@ -155,7 +157,7 @@ class DenseTraining:
         adamw: Mapping[str, Any],
         rule: Rule,
         total_parameters: int,
-        save: Callable[[nn.Module, Path, dict[str, Any]], Any],
+        save: Callable[[nn.Module, Path, dict[str, Any], Mapping[str, str] | None], Any],
         metadata: Mapping[str, Any],
     ) -> None:
         self.network, self.save, self.metadata = network, save, metadata
@@ -184,9 +186,9 @@ class DenseTraining:
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
 
-    def save_adapter(self, folder: Path, metadata: Mapping[str, Any]) -> None:
+    def save_adapter(self, folder: Path, metadata: Mapping[str, Any], notes: Mapping[str, str] | None = None) -> None:
         def write(name: str, part: nn.Module, place: Path) -> None:
-            self.save(part, place, {**self.metadata, **metadata})
+            self.save(part, place, {**self.metadata, **metadata}, notes)
 
         write_each(self.network, folder, write)
 
@@ -323,9 +325,9 @@ def _full(order: Order) -> Trained:
     adamw = _adamw(dict(order.options), order.rule)
     prints = base_fingerprints(order.network)  # now, while the weights are the base's
 
-    def save(network: nn.Module, folder: Path, metadata: dict[str, Any]) -> Path:
+    def save(network: nn.Module, folder: Path, metadata: dict[str, Any], notes: Mapping[str, str] | None) -> Path:
         part = next((name for name, module in parts_of(order.network).items() if module is network), "")
-        return save_full(network, folder, of_part(prints, part), metadata)
+        return save_full(network, folder, of_part(prints, part), metadata, notes)
 
     return DenseTraining(order.network, lr, adamw, order.rule, _count(order.network), save, {"method": "full"})
 

@@ -67,6 +67,11 @@ class Journal:
         """Note something that happened after a step."""
         self._write([{"event": event, "step": step, **more}])
 
+    def validation(self, step: int, loss: float) -> None:
+        """Note the loss on pictures held out."""
+        self.board.add_scalar("validation_loss", loss, step)
+        self._write([{"event": "validation", "step": step, "validation_loss": loss}])
+
     def _write(self, lines: Sequence[dict[str, Any]]) -> None:
         with self.file.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(_finite(line)) + "\n" for line in lines))

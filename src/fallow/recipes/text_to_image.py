@@ -17,7 +17,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,10 @@ from fallow.core.errors import AdapterError, ConfigError, FallowError, StorageEr
 from fallow.core.files import atomic_write, mark, sweep
 from fallow.recipes import low_memory, run_directory
 from fallow.recipes.adapter_files import adapter_size
+from fallow.recipes.captions import CaptionRules
 from fallow.recipes.checkpoints import checkpoints, load_checkpoint, save_checkpoint
-from fallow.recipes.clips import count, frames_of, read_clips
+from fallow.recipes.clips import clips_alone, count, frames_of
+from fallow.recipes.concepts import read_concepts, seen
 from fallow.recipes.families import family_named
 from fallow.recipes.families.animatediff import FRAMES
 from fallow.recipes.flow_matching import FlowMatching
@@ -40,13 +43,18 @@ from fallow.recipes.gallery import sheet
 from fallow.recipes.latents import Batch, CalibrationBatches, Examples, seed_of, seeded
 from fallow.recipes.methods import Order, Trained, make_method, own_rate
 from fallow.recipes.moving_average import MovingAverage
+from fallow.recipes.noise import zero_terminal
+from fallow.recipes.optimizers import averaged_values, averages
 from fallow.recipes.parts import Parts, parts_of
 from fallow.recipes.pictures import Batches, Picture, Size, fit, open_picture, read_pictures
 from fallow.recipes.pipelines import check_frames, chosen_device, generate, kind_of_model, load_pipeline
 from fallow.recipes.processes import Processes, join
 from fallow.recipes.progress import Journal, forget_peak, peak_memory
+from fallow.recipes.resting import Resting
+from fallow.recipes.provenance import Making, header
 from fallow.recipes.settings import differences, make_config
 from fallow.recipes.train_config import FREE, TrainConfig
+from fallow.recipes.validation import Validation, held_out
 from fallow.report.run import write_run_report
 
 CALIBRATION = 16  # batches for the methods that look before they choose
@@ -183,9 +191,7 @@ class Run:
         self.warmup = min(100, config.steps // 20) if config.warmup is None else config.warmup
         self.device = chosen_device(config.device)
         self.family = family_named(kind_of_model(config.model))
-        read = read_clips if self.family.clips else read_pictures  # before a large model is loaded
-        self.pictures = read(training_folder(config.data), config.prompt)
-        self.class_pictures = read(config.class_data, config.class_prompt) if config.class_data else []
+        self.read()  # before a large model is loaded
         self.say(f"loading {config.model}")
         if expected := low_memory.told(config):
             self.say(expected)
@@ -197,17 +203,23 @@ class Run:
         if config.prediction is not None:  # the drawings must believe it too
             scheduler = self.pipeline.scheduler
             self.pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=config.prediction)
+        if config.zero_terminal_snr:
+            self.pipeline.scheduler = zero_terminal(self.pipeline.scheduler)
         self.objective = self.family.objective(
             self.pipeline, config.prediction, density=config.timestep_density, weighting=config.timestep_weighting
         )
-        if config.min_snr is not None and isinstance(self.objective, FlowMatching):
+        weighted = "min_snr" if config.min_snr is not None else "debiased_estimation"
+        if (config.min_snr is not None or config.debiased_estimation) and isinstance(self.objective, FlowMatching):
             raise ConfigError(
-                f"min_snr={config.min_snr} is for models of diffusion; {self.family.title} is trained by flow "
-                "matching, whose weights are timestep_weighting=cosmap"
+                f"{weighted} is for models of diffusion; {self.family.title} is trained by flow matching, whose "
+                "weights are timestep_weighting=cosmap; leave it out"
             )
         self.average: MovingAverage | None = None
+        self.averaging = False  # whether the optimizer averages by itself
 
         self.encode()
+        self.resting = Resting(self.idle(), self.device)
+        self.resting.leave()
         if config.samples and state is None:
             self.draw_samples("before")
             self.show_examples()
@@ -215,6 +227,7 @@ class Run:
         self.peak, self.measured = 0, ""  # bytes of memory, the choice of entries included, and what they are of
         forget_peak(self.device)
         self.trained = self.put_into_training()
+        self.averaging = averages(self.trained.optimizer)
         self.rates = [group["lr"] for group in self.trained.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         if config.ema:
@@ -223,7 +236,8 @@ class Run:
             self.go_on_from(state)
 
         run_directory.write_settings(folder, config)
-        self.info = run_directory.read_info(folder) | self.described()
+        today = datetime.now(UTC).date().isoformat()
+        self.info = {"begun": today} | run_directory.read_info(folder) | self.described()
         run_directory.write_info(folder, self.info, status="running", error=None)
         self.journal = Journal(folder, config.steps, self.step, self.device, console)
         if state is not None:
@@ -239,25 +253,66 @@ class Run:
 
     # -- before the first step ----------------------------------------------------------------------------------------
 
+    def read(self) -> None:
+        """The pictures to train on, those of the class, and those to measure on.
+
+        `worded` are the first with the captions that training sees or draws from, `pictures` with plain ones.
+        """
+        config, rules = self.config, self.config.caption_rules
+        read: Callable[..., list[Picture]] = read_concepts
+        if self.family.clips:
+            read = clips_alone
+        found = read(training_folder(config.data), config.concepts, config.prompt, config.reading)
+        self.class_pictures = read(config.class_data, (), config.class_prompt) if config.class_data else []
+        measured: list[Picture] = []
+        if config.validation is not None:
+            measured = read(config.validation, (), config.prompt, config.reading)
+        elif config.validation_share:
+            found, measured = held_out(found, config.validation_share, config.seed)
+        self.pictures = [replace(picture, caption=rules.plain(picture.caption)) for picture in found]
+        self.worded = found if rules.random else self.pictures
+        self.measured_pictures = [replace(picture, caption=rules.plain(picture.caption)) for picture in measured]
+
     def encode(self) -> None:
         """Latents and embeddings of the pictures and, for prior preservation, of those of the class."""
         config = self.config
         self.say(f"encoding {len(self.pictures)} pictures")
         self.sizes, self.frames = self.fitted(self.pictures), self.clip_length()
-        self.examples = self.encoded(self.pictures, self.sizes)
-        self.batches = Batches(self.sizes, config.batch_size * config.accumulation, config.seed)
+        self.examples = self.encoded(self.worded, self.sizes, config.caption_rules)
+        self.places, self.place_sizes = seen(self.pictures, self.sizes)
+        self.batches = Batches(self.place_sizes, config.batch_size * config.accumulation, config.seed)
         self.class_examples: Examples | None = None
         if config.class_prompt is not None:
             pictures = self.class_pictures or self.draw_class_pictures(config.class_prompt)
             sizes = self.fitted(pictures)
             self.class_examples = self.encoded(pictures, sizes)
             seed = seed_of("class", config.seed)
+            self.class_places, sizes = seen(pictures, sizes)
             self.class_batches = Batches(sizes, config.batch_size * config.accumulation, seed)
+        self.validation: Validation | None = None
+        if self.measured_pictures:
+            sizes = self.fitted(self.measured_pictures)
+            examples = self.encoded(self.measured_pictures, sizes, flip=False)
+            self.validation = Validation(
+                examples, sizes, config.noise_rules, config.validation_draws, config.batch_size, config.seed
+            )
 
-    def encoded(self, pictures: Sequence[Picture], sizes: Sequence[Size]) -> Examples:
+    def idle(self) -> list[nn.Module]:
+        """Parts that the steps do not need: the autoencoder and, where captions are encoded already, text encoders."""
+        later = self.config.train_text_encoder or self.config.caption_rules.random
+        return [self.pipeline.vae, *([] if later else self.family.encoders(self.pipeline).values())]
+
+    def encoded(
+        self,
+        pictures: Sequence[Picture],
+        sizes: Sequence[Size],
+        rules: CaptionRules | None = None,
+        flip: bool | None = None,
+    ) -> Examples:
+        flip = self.config.flip if flip is None else flip
         return Examples(
-            self.pipeline, pictures, sizes, flip=self.config.flip, objective=self.objective, frames=self.frames,
-            encode_later=self.config.train_text_encoder,
+            self.pipeline, pictures, sizes, flip=flip, objective=self.objective, rules=rules,
+            frames=self.frames, encode_later=self.config.train_text_encoder,
         )  # fmt: skip
 
     def fitted(self, pictures: Sequence[Picture]) -> list[Size]:
@@ -313,12 +368,12 @@ class Run:
         if config.gradient_checkpointing and not config.block_swap:  # which recomputes each of its blocks itself
             for part in parts_of(self.whole).values():
                 recompute(part)
-        batches = CalibrationBatches(self.example_batch, self.sizes, config.batch_size, config.seed, CALIBRATION)
+        batches = CalibrationBatches(self.example_batch, self.place_sizes, config.batch_size, config.seed, CALIBRATION)
         rate = config.lr or own_rate(config.method, config.model)
         order = Order(
-            network=self.whole, lr=rate, options=low_memory.method_options(config), steps=config.steps, seed=config.seed,
-            batches=batches, loss=lambda _, batch: self.loss(batch), targets=self.family.targets(self.pipeline),
-            include=self.included(),
+            network=self.whole, lr=rate, options=low_memory.method_options(config), steps=config.steps,
+            seed=config.seed, batches=batches, loss=lambda _, batch: self.loss(batch), rule=config.rule,
+            targets=self.family.targets(self.pipeline), include=self.included(),
         )  # fmt: skip
         trained = make_method(config.method, order)
         self.whole.train()
@@ -350,6 +405,8 @@ class Run:
         """Make the updates that are left."""
         config = self.config
         told = len(self.trained.events)
+        if self.step == 0:
+            self.measure()
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             while self.step < config.steps:
                 begun = time.perf_counter()
@@ -364,6 +421,8 @@ class Run:
                 for event in self.trained.events[told:]:
                     self.journal.event(**{**event, "step": self.step})
                 told = len(self.trained.events)
+                if self.step % config.validation_every == 0 or last:
+                    self.measure()
                 if due:
                     self.save()
                 if after_step is not None:
@@ -399,7 +458,8 @@ class Run:
             total = self.backward(batch, 1.0)
             if self.class_examples is not None:
                 chance = seeded("class step", config.seed, self.step)
-                prior = self.class_examples.batch(next(self.class_batches), chance, noise_offset=config.noise_offset)
+                places = [self.class_places[place] for place in next(self.class_batches)]
+                prior = self.class_examples.batch(places, chance, noise=config.noise_rules)
                 total = total + self.backward(prior, config.prior_weight)
         proxies = [] if low_memory.is_fused(config) else self.trained.trainable()  # fused, the gradients are gone
         total = self.processes.average(optimizer, proxies, total)
@@ -410,14 +470,13 @@ class Run:
         optimizer.zero_grad()
         if self.average is not None:
             self.average.update()
-        return total, norm, rate * share
+        return total, norm, self.rates[0] * share
 
     def example_batch(self, indices: Sequence[int], chance: torch.Generator) -> Batch:
         """Pictures of the data, as they are trained on."""
         config = self.config
-        return self.examples.batch(
-            indices, chance, caption_dropout=config.caption_dropout, noise_offset=config.noise_offset
-        )
+        places = [self.places[place] for place in indices]
+        return self.examples.batch(places, chance, caption_dropout=config.caption_dropout, noise=config.noise_rules)
 
     def backward(self, batch: Batch, weight: float) -> torch.Tensor:
         """Gradients of weight * loss, in pieces of `batch_size` pictures; returns that loss.
@@ -436,7 +495,21 @@ class Run:
         """The objective on a batch, under the chosen precision."""
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.precision)
         with torch.autocast(self.device.type, half) if half else contextlib.nullcontext():
-            return self.family.loss(self.network, batch, self.objective, min_snr=self.config.min_snr)
+            return self.family.loss(self.network, batch, self.objective, self.config.loss_rules)
+
+    def measure(self) -> None:
+        """Note the loss on the pictures held out; keep the adapter of the lowest, where that is asked for."""
+        if self.validation is None or not self.processes.main:
+            return
+        with self.averaged():
+            self.whole.eval()
+            loss = self.validation.measure(self.loss)
+            self.whole.train()
+            self.journal.validation(self.step, loss)
+            if self.validation.note(self.step, loss) and self.config.keep_best and self.step:
+                self.trained.save_adapter(self.folder / "best", self.adapter_facts(), self.adapter_notes())
+        best = dict(zip(("step", "loss"), self.validation.best or (None, None), strict=True))
+        self.info["validation"] = {"loss": loss, "best": best}
 
     def look(self) -> None:
         """Read the losses since the last look. TrainingError where one is no number any more."""
@@ -476,6 +549,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "batches": self.batches.state_dict(),
             "class_batches": None if self.class_examples is None else self.class_batches.state_dict(),
+            "best": None if self.validation is None else self.validation.best,
         }
 
     def go_on_from(self, state: dict[str, Any]) -> None:
@@ -512,6 +586,8 @@ class Run:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.scaler.load_state_dict(state["scaler"])
+        if self.validation is not None:
+            self.validation.best = state["best"]
         self.step, self.seconds = state["step"], state["seconds"]
 
     # -- drawings -----------------------------------------------------------------------------------------------------
@@ -540,7 +616,7 @@ class Run:
     def draw_samples(self, name: str) -> None:
         """samples/<name>.png: the prompts, each from the same noise every time; with the average where there is one."""
         prompts = self.prompts()
-        with self.averaged():
+        with self.resting.present(), self.averaged():
             pictures: list[Image.Image] = []
             for begin in range(0, len(prompts), COLUMNS):
                 some = prompts[begin : begin + COLUMNS]
@@ -557,7 +633,9 @@ class Run:
         self.write_sheet("examples", [ImageOps.fit(picture, (side, side)) for picture in opened])
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Within the block the network has the averaged values, where an average is asked for."""
+        """Within the block the network has the averaged values, where an average is asked for or is the optimizer's."""
+        if self.averaging:
+            return averaged_values(self.trained)
         return contextlib.nullcontext() if self.average is None else self.average.shown()
 
     def write_sheet(self, name: str, pictures: Sequence[Image.Image]) -> None:
@@ -572,13 +650,8 @@ class Run:
         if not self.processes.main:
             return Outcome(self.home, adapter, self.home / "report.html", self.info, main=False)
         self.note_peak()
-        metadata = {
-            "base_model": config.model, "data": config.data, "steps": self.step, "lr": self.rates[0],
-            "batch_size": config.batch_size * config.accumulation, "seed": config.seed, "ema": config.ema,
-            "prediction": self.objective.prediction,
-        }  # fmt: skip
         with self.averaged():
-            self.trained.save_adapter(adapter, metadata)
+            self.trained.save_adapter(adapter, self.adapter_facts(), self.adapter_notes())
         if config.samples:
             self.draw_samples("after")
         report = self.end(
@@ -587,6 +660,34 @@ class Run:
         )  # fmt: skip
         assert report is not None
         return Outcome(self.folder, adapter, report, self.info)
+
+    def adapter_facts(self) -> dict[str, Any]:
+        """What an adapter tells Fallow of its training."""
+        config = self.config
+        facts = {
+            "base_model": config.model, "data": config.data, "steps": self.step, "lr": self.rates[0],
+            "batch_size": config.batch_size * config.accumulation, "seed": config.seed, "ema": config.ema,
+            "prediction": self.objective.prediction,
+        }  # fmt: skip
+        rare = {
+            "optimizer": config.optimizer if config.optimizer != "adamw" else None,
+            "trigger_phrase": config.trigger_phrase,
+            "zero_terminal_snr": config.zero_terminal_snr or None,
+        }
+        return facts | {name: value for name, value in rare.items() if value is not None}
+
+    def adapter_notes(self) -> dict[str, str]:
+        """What its file tells other tools."""
+        width = getattr(self.network.config, "cross_attention_dim", None)
+        return header(
+            Making(
+                pipeline=type(self.pipeline).__name__, text_width=width if isinstance(width, int) else None,
+                prediction=self.objective.prediction, settings=self.config.model_dump(mode="json"),
+                rate=self.rates[0], steps=self.step, sizes=self.sizes, pictures=self.worded,
+                class_pictures=self.class_pictures, validation_pictures=len(self.measured_pictures), base=self.base,
+                begun=self.info["begun"],
+            )
+        )  # fmt: skip
 
     def end(self, status: str, error: str | None, **more: Any) -> Path | None:
         """run.json and the page, as things stand."""

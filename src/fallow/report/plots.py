@@ -146,7 +146,14 @@ def loss_curve(
 
 @rc_context(_STYLE)
 def curve(
-    steps: Sequence[int], values: Sequence[float | None], *, title: str, label: str, colour: int, noisy: bool = False
+    steps: Sequence[int],
+    values: Sequence[float | None],
+    *,
+    title: str,
+    label: str,
+    colour: int,
+    noisy: bool = False,
+    from_zero: bool = True,
 ) -> Figure | None:
     """One logged figure over the steps, a `noisy` one with its moving average; None where nothing finite was logged."""
     at, finite = _finite(steps, values)
@@ -159,7 +166,7 @@ def curve(
     else:
         axes.plot(at, finite, "-" if len(finite) > 1 else "o", color=SERIES[colour])
     axes.set(title=title, xlabel="step", ylabel=label)
-    if min(finite) >= 0:
+    if min(finite) >= 0 and from_zero:
         axes.set_ylim(0, max(finite) * 1.12 or 1)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if max(map(abs, finite)) < 1e-2:

@@ -203,6 +203,9 @@ def _headline(run: Run) -> list[tuple[str, str, str]]:
     losses = [value for value in run.series("loss")[1] if value is not None]
     if losses:
         tiles.append(("Loss at the end", figure(float(plots.smoothed(losses)[-1])), "moving average"))
+    best = (info.get("validation") or {}).get("best") or {}
+    if best.get("loss") is not None:
+        tiles.append(("Validation loss", figure(float(best["loss"])), f"lowest, after step {best['step']:,}"))
     return tiles
 
 
@@ -220,6 +223,10 @@ def _curves(run: Run) -> Iterable[tuple[Any, str]]:
         ),
         "Gradient norm over the steps",
     )
+    told = [(event["step"], event.get("validation_loss")) for event in run.events if event.get("event") == "validation"]
+    at, measured = [step for step, _ in told], [loss for _, loss in told]
+    label = "loss on pictures held out"
+    yield plots.curve(at, measured, title="Validation", label=label, colour=4, from_zero=False), "Validation loss"
 
 
 def _told(event: dict[str, Any]) -> str:
@@ -279,7 +286,7 @@ def write_run_report(folder: str | Path) -> Path:
         bars=plots.inline_svg(bars, "Trained share of each block") if bars else None,
         blocks=blocks,
         kinds=kinds,
-        events=[(event["step"], str(event["event"]), _told(event)) for event in run.events],
+        events=[(e["step"], str(e["event"]), _told(e)) for e in run.events if e.get("event") != "validation"],
         evaluation=run.evaluation,
         config=run.config,
         broken=run.broken,

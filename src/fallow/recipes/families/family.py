@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fallow.core.errors import ConfigError
 from fallow.recipes import noise
+from fallow.recipes.losses import LossRules
 from fallow.recipes.pictures import Picture, Size
 
 Conditions = dict[str, Tensor]
@@ -26,10 +27,13 @@ T5_TARGETS = ("q", "k", "v", "o")
 
 
 class Latents(Protocol):
-    """What the loss needs of a batch: latents (B, C, ..., h, w), what chance decided, and their conditions."""
+    """What the loss needs of a batch: latents (B, C, ..., h, w), what chance decided, which places count, and their
+    conditions.
+    """
 
     latents: Tensor
     drawn: noise.Draw
+    mask: Tensor | None
 
     def given(self) -> Conditions:
         """Their conditions."""
@@ -165,15 +169,15 @@ class Family:
         predicted: Tensor = network(noisy, timesteps, conditions["text"]).sample
         return predicted
 
-    def loss(self, network: Any, batch: Latents, objective: noise.Objective, **how: Any) -> Tensor:
-        """The loss of a batch, a scalar in float32; `how`: arguments of `noise.denoising_loss`."""
+    def loss(self, network: Any, batch: Latents, objective: noise.Objective, rules: LossRules | None = None) -> Tensor:
+        """The loss of a batch, a scalar in float32."""
 
         conditions = batch.given()
 
         def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
             return self.predict(network, noisy, timesteps, conditions)
 
-        return noise.denoising_loss(predict, objective, batch.latents, batch.drawn, **how)
+        return noise.denoising_loss(predict, objective, batch.latents, batch.drawn, rules=rules, mask=batch.mask)
 
     # -- drawing ------------------------------------------------------------------------------------------------------
 
