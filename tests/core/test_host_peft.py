@@ -262,6 +262,27 @@ def test_a_weight_that_was_offloaded_is_not_written_to_nowhere():
         model(torch.randn(2, 8))
 
 
+def test_replicas_of_data_parallel_are_refused():
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config(fraction=0.5))
+    replica = layers(model)["0"]._replicate_for_data_parallel()
+    with pytest.raises(fallow.ModelError, match="use DistributedDataParallel"):
+        replica(torch.randn(2, 8))
+
+
+def test_text_is_generated_alike_before_and_after_merging(tiny_gpt2):
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_gpt2(), config())
+    train(model, lambda m: m(IDS, labels=IDS).loss, steps=4)
+    model.eval()
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "num_beams": 2}
+    shown = model.generate(IDS[:, :4], **options)
+    rows = model.generate(IDS[:, :4], adapter_names=["default", "__base__"], **options)
+    with model.disable_adapter():
+        base = model.generate(IDS[:, :4], **options)
+    assert torch.equal(rows, torch.stack([shown[0], base[1]]))
+    assert torch.equal(model.merge_and_unload().generate(IDS[:, :4], **options), shown)
+
+
 def test_transformers_own_add_adapter_works(tiny_gpt2, tmp_path, monkeypatch):
     # transformers may ask for a later PEFT than there is; what it calls is there.
     monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda min_version: None)

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fallow.core.errors import ConfigError
+from fallow.core.errors import ConfigError, ModelError
 from fallow.core.peft_host.contract import NAME, Active, Delta, Kind
 
 PREFIX = NAME.lower() + "_"  # transformers derives it in this way
@@ -77,6 +77,8 @@ class FallowLayer(nn.Module, BaseTunerLayer):
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         if adapter_names is not None:
             return self._mixed(adapter_names, *args, **kwargs)
+        if "_is_replica" in self.__dict__:  # whose weight is a copy that no adapter is written into
+            raise ModelError("torch.nn.DataParallel cannot run this adapter; use DistributedDataParallel (torchrun)")
         leader = self.leader
         if leader.merged and leader.disable_adapters:
             leader.unmerge()
