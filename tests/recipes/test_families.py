@@ -13,14 +13,15 @@ import torch
 from PIL import Image
 from tiny_families import KINDS
 
-from fallow.core.errors import AdapterError, ConfigError, ModelError
+from fallow.core.errors import AdapterError, ConfigError, DataError, ModelError
 from fallow.core.sparse import SparseDelta
-from fallow.recipes.clips import read_clips
+from fallow.recipes.clips import frames_of, read_clips
 from fallow.recipes.families import family_of
-from fallow.recipes.gallery import sheet
+from fallow.recipes.gallery import Drawing, draw, sheet
 from fallow.recipes.latents import Examples, seeded
+from fallow.recipes.noise import Draw, NoiseRules
 from fallow.recipes.pictures import fit, read_pictures
-from fallow.recipes.pipelines import apply_adapters, generate, load_pipeline, trained_part
+from fallow.recipes.pipelines import apply_adapters, generate, load_pipeline, stills, trained_part
 from fallow.recipes.text_to_image import Outcome, train
 from fallow.recipes.train_config import TrainConfig
 
@@ -291,3 +292,95 @@ def test_a_file_that_holds_a_part_of_a_pipeline_is_told(tmp_path):
     save_file({"down_blocks.0.motion_modules.0.temporal_transformer.norm.weight": torch.zeros(1)}, file)
     with pytest.raises(ModelError, match="holds the motion modules of AnimateDiff alone; give a pipeline directory"):
         load_pipeline(str(file), "cpu")
+
+
+# -- around training --------------------------------------------------------------------------------------------------
+
+
+def test_what_was_trained_to_be_predicted_is_drawn_with_wherever_the_adapter_goes(settings):
+    outcome = train(settings("sdxl", prediction="v_prediction"))
+    pipeline = load_pipeline(outcome.info["model"], "cpu")
+    assert pipeline.scheduler.config.prediction_type == "epsilon"
+    apply_adapters(pipeline, [(outcome.adapter, 0.5)])
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    other = train(settings("sdxl", "other", samples=0))
+    with pytest.raises(AdapterError, match="trained to predict different things"):
+        apply_adapters(pipeline, [(outcome.adapter, 0.5), (other.adapter, 0.5)])
+
+
+def test_clips_are_read_from_folders_of_frames_and_from_animated_files(clips, tmp_path):
+    frames = clips / "walk"
+    frames.mkdir()
+    for number in range(3):
+        Image.new("RGB", (40, 32), (80 * number, 0, 0)).save(frames / f"{number:03d}.png")
+    with pytest.raises(DataError, match=r"walk has no caption; write it into walk\.txt beside it"):
+        read_clips(clips)
+    (clips / "walk.txt").write_text("a man\nwalking")
+    found = {clip.path.name: clip for clip in read_clips(clips)}
+    assert (found["walk"].caption, found["walk"].width, found["walk"].height) == ("a man walking", 40, 32)
+    assert [picture.getpixel((0, 0))[0] for picture in frames_of(frames)] == [0, 80, 160]
+    assert found["0.png"].caption == "a flag 0"
+    random = np.random.default_rng(0)
+    wanted = [random.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(5)]
+    assert all((np.asarray(one) == two).all() for one, two in zip(frames_of(clips / "0.png"), wanted, strict=True))
+    Image.new("RGB", (32, 32)).save(clips / "still.png")
+    with pytest.raises(DataError, match=r"still\.png has one frame"):
+        read_clips(clips, prompt="x")
+
+
+def test_a_batch_shows_following_frames_from_a_random_one(tiny_family, clips):
+    pipeline = load_pipeline(str(tiny_family("animatediff")), "cpu")
+    found = read_clips(clips)
+    examples = Examples(pipeline, found, [(32, 32)] * 3, flip=False, frames=2)
+    whole = examples.means[0][1]
+    assert whole.shape == (4, 5, 8, 8)
+    examples.deviations[0][1].zero_()
+    batch = examples.batch([1] * 40, seeded(3))
+    shown = batch.latents / pipeline.vae.config.scaling_factor
+    begins = [[at for at in range(4) if torch.allclose(one, whole[:, at : at + 2], atol=1e-5)] for one in shown]
+    assert {begin for (begin,) in begins} == {0, 1, 2, 3}
+
+
+def test_clips_are_drawn_as_strips_and_as_gifs_and_judged_by_their_middle_frame(tiny_family, tmp_path):
+    model = str(tiny_family("animatediff"))
+    drawn = draw(Drawing(["a flag"], model=model, output=tmp_path / "out", steps=2, frames=3, device="cpu"))
+    with Image.open(drawn.pictures[0]) as strip, Image.open(drawn.pictures[0].with_suffix(".gif")) as moving:
+        assert (strip.size, moving.size, moving.n_frames) == ((96, 32), (32, 32), 3)
+        middle = strip.crop((32, 0, 64, 32))
+    still = stills(load_pipeline(model, "cpu"), ["a flag"], seeds=[0], steps=2, frames=3)[0]
+    assert (pixels(still) == pixels(middle)).all()
+    with pytest.raises(ConfigError, match=r"seed0\.png and 1 more would be overwritten"):
+        draw(Drawing(["a flag"], model=model, output=tmp_path / "out", steps=2, device="cpu"))
+
+
+# -- flow matching ----------------------------------------------------------------------------------------------------
+
+
+def sigmas(pipeline: Any, shape: tuple[int, ...], density: str) -> torch.Tensor:
+    objective = family_of(pipeline).objective(pipeline, density=density)
+    return objective.times(objective.draw(torch.Size(shape), NoiseRules(), seeded("s"), torch.device("cpu")))
+
+
+def test_the_timesteps_of_flow_matching_follow_their_density_and_the_schedulers_shift(tiny_family):
+    sd3, flux = (load_pipeline(str(tiny_family(kind)), "cpu") for kind in ("sd3", "flux"))
+    uniform = sigmas(sd3, (20000, 4, 2, 2), "uniform").double()
+    unshifted = uniform / (3 - 2 * uniform)  # the inverse of s = 3 r / (1 + 2 r)
+    assert [float((unshifted < q).double().mean()) for q in (0.1, 0.5, 0.9)] == pytest.approx([0.1, 0.5, 0.9], abs=0.01)
+    normal = sigmas(sd3, (20000, 4, 2, 2), "logit-normal").double()
+    logits = (normal / (3 - 2 * normal)).logit()
+    assert (float(logits.mean()), float(logits.std())) == pytest.approx((0.0, 1.0), abs=0.02)
+    for side in (8, 64):  # exp(mu), mu rises from 0.5 at 256 tokens to 1.15 at 4096
+        shifted = sigmas(flux, (4000, 1, side, side), "uniform").double()
+        k = np.exp(0.5 + 0.65 * ((side // 2) ** 2 - 256) / 3840)
+        assert float(shifted.median()) == pytest.approx(k * 0.5 / (1 + (k - 1) * 0.5), abs=0.02)
+
+
+def test_cosmap_weights_the_losses_of_flow_matching(tiny_family, pictures):
+    pipeline = load_pipeline(str(tiny_family("sd3")), "cpu")
+    plain = family_of(pipeline).objective(pipeline)
+    weighted = family_of(pipeline).objective(pipeline, weighting="cosmap")
+    drawn = Draw(torch.zeros(3, 1, 1, 1), torch.tensor([100.0, 500.0, 900.0]))
+    assert plain.weights(drawn, None) is None
+    wanted = [2 / (np.pi * (1 - 2 * s + 2 * s * s)) for s in (0.1, 0.5, 0.9)]
+    assert weighted.weights(drawn, None).tolist() == pytest.approx(wanted)
+    assert plain.snr(drawn).tolist() == pytest.approx([81.0, 1.0, 1 / 81])

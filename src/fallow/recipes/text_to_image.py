@@ -50,8 +50,8 @@ from fallow.recipes.pictures import Batches, Picture, Size, fit, open_picture, r
 from fallow.recipes.pipelines import check_frames, chosen_device, generate, kind_of_model, load_pipeline
 from fallow.recipes.processes import Processes, join
 from fallow.recipes.progress import Journal, forget_peak, peak_memory
-from fallow.recipes.resting import Resting
 from fallow.recipes.provenance import Making, header
+from fallow.recipes.resting import Resting
 from fallow.recipes.settings import differences, make_config
 from fallow.recipes.train_config import FREE, TrainConfig
 from fallow.recipes.validation import Validation, held_out
@@ -121,7 +121,7 @@ def begin(config: TrainConfig, folder: Path, console: Console, resumed: bool, th
         if processes.main:  # first of all, so that a run that is killed can be resumed
             run_directory.write_settings(folder, config)
         return Run(config, folder, None, console, processes)
-    except BaseException:
+    except BaseException:  # whatever it was, no half-made run stays in the way of the next try
         if processes.main:
             run_directory.clear(folder)
             if not there:
