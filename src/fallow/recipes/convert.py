@@ -14,7 +14,7 @@ Between the formats of one column of kinds nothing is rounded: there and back is
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -24,8 +24,8 @@ from torch import Tensor
 
 from fallow.core.errors import AdapterError, ConfigError, nearest
 from fallow.core.linalg import Truncation
-from fallow.core.sparse import CONFIG, WEIGHTS, Entry, SparseDelta
-from fallow.recipes.adapter_directory import NETWORKS, header, new_directory
+from fallow.core.sparse import CONFIG, WEIGHTS, Entry, SparseDelta, weights_file
+from fallow.recipes.adapter_directory import NETWORKS, header, new_directory, opened
 from fallow.recipes.adapter_files import adapter_size, kind_of, locate
 from fallow.recipes.adapters import unused
 from fallow.recipes.approximation import Losses, Most, factored, largest
@@ -36,7 +36,6 @@ from fallow.recipes.formats.layers import Adapter, Dense, Factors, Format, Layer
 FORMATS = get_args(Format)
 FACTORS = ("peft", "diffusers", "kohya", "kohya-ldm")
 MOST_ENTRIES = 2**32  # of one weight; a file may claim any shape
-FOREIGN = "file_metadata"  # what a sparse adapter's metadata call those of the file that it comes from
 
 
 def convert(
@@ -129,7 +128,7 @@ def load(path: str | Path, base: str | None = None) -> Adapter:
     if kind == "full":
         return _of_full(place, path, base)
     if kind == "sparse":
-        return of_sparse(with_changes(SparseDelta.load(place), path, base))
+        return of_sparse(with_changes(SparseDelta.load(place), path, base), foreign=other_metadata(place))
     if kind == "parts":
         return _of_parts(place, base)
     return reading.read(place)
@@ -162,7 +161,7 @@ def _of_parts(place: Path, base: str | None) -> Adapter:
     for part in peft.parts_in(place):
         inner = place / part
         if kind_of(inner) == "sparse":
-            one = of_sparse(with_changes(SparseDelta.load(inner), inner, base, part), part)
+            one = of_sparse(with_changes(SparseDelta.load(inner), inner, base, part), part, other_metadata(inner))
         elif kind_of(inner) == "peft":
             one = peft.read(inner, part)
         else:
@@ -191,14 +190,19 @@ def with_changes(delta: SparseDelta, path: str | Path, base: str | None, part: s
     return SparseDelta(entries, "delta", delta.metadata)
 
 
-def of_sparse(delta: SparseDelta, part: str | None = None) -> Adapter:
+def other_metadata(place: Path) -> dict[str, str]:
+    """What a sparse adapter's file says for other tools (`modelspec.*`, `ss_*`)."""
+    with opened(weights_file(place)) as found:
+        told = found.metadata() or {}
+    return {name: value for name, value in told.items() if name not in ("format", "version", "fallow")}
+
+
+def of_sparse(delta: SparseDelta, part: str | None = None, foreign: Mapping[str, str] | None = None) -> Adapter:
     """A sparse adapter's changes in full. `part`: what it changes, where its names do not tell."""
     part = part or part_of(delta.entries)
     layers: Layers = {name: Dense(partial(filled, entry), entry.shape) for name, entry in delta.entries.items()}
     base = {name: [entry.fingerprint, entry.dtype] for name, entry in delta.entries.items() if entry.fingerprint}
-    notes = dict(delta.metadata)
-    foreign = notes.pop(FOREIGN, {})
-    return Adapter("fallow", {part: layers}, {part: base} if base else {}, notes, foreign)
+    return Adapter("fallow", {part: layers}, {part: base} if base else {}, dict(delta.metadata), dict(foreign or {}))
 
 
 def filled(entry: Entry) -> Tensor:
@@ -215,8 +219,9 @@ def write_sparse(adapter: Adapter, most: Most, losses: Losses, output: Path) -> 
 
     A fraction is of each part's entries; a budget is for one part alone.
     """
+    notes = {name: value for name, value in adapter.foreign.items() if name not in writing.STALE}
     if len(adapter.parts) == 1 and next(iter(adapter.parts)) in NETWORKS:
-        return sparse_of(adapter, next(iter(adapter.parts)), most, losses).save(output)
+        return sparse_of(adapter, next(iter(adapter.parts)), most, losses).save(output, notes=notes)
     if output.suffix == ".safetensors":
         raise ConfigError(
             f"--output {output} is a file, and an adapter of {', '.join(adapter.parts)} is one for each in a folder; "
@@ -227,7 +232,7 @@ def write_sparse(adapter: Adapter, most: Most, losses: Losses, output: Path) -> 
     made = {part: sparse_of(adapter, part, most, losses) for part in adapter.parts}
     with new_directory(output) as partial:
         for part, delta in made.items():
-            delta.save(partial / part)
+            delta.save(partial / part, notes=notes)
     return output
 
 
@@ -258,8 +263,7 @@ def sparse_of(adapter: Adapter, part: str, most: Most, losses: Losses) -> Sparse
         if index.numel():
             told = base.get(name, ["", "float32"])
             entries[name] = Entry(index, values, tuple(change.shape), told[1], told[0])
-    notes = {"method": "converted", **adapter.notes}
-    return SparseDelta(entries, "delta", notes | ({FOREIGN: adapter.foreign} if adapter.foreign else {}))
+    return SparseDelta(entries, "delta", {"method": "converted", **adapter.notes})
 
 
 # -- to factors -------------------------------------------------------------------------------------------------------

@@ -94,5 +94,6 @@ def _sparse(path: str | Path, output: Path, most: Most, base: str | None) -> dic
         if at.numel():
             stored = read.entries[name].values[at]  # values stay values
             kept[name] = Entry(entry.index[at], stored, entry.shape, entry.dtype, entry.fingerprint)
-    written = SparseDelta(kept, read.store, read.metadata).save(output)
+    notes = convert.other_metadata(locate(path))
+    written = SparseDelta(kept, read.store, read.metadata).save(output, notes=notes)
     return {"from": "fallow", **convert.report(written, "fallow", losses, [])}

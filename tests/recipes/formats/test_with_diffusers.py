@@ -291,7 +291,9 @@ def test_lycoris_merges_our_full_changes_as_we_apply_them(tiny_sd, tmp_path):
             entries[name] = Entry(index, torch.randn(len(index), generator=rng), tuple(p.shape), "float32", "")
     first = next(iter(entries.values()))
     first.values[0] = 0.0  # trained, and did not move
-    sparse = SparseDelta(entries, "delta", {"method": "sara"}).save(tmp_path / "sparse.safetensors")
+    sparse = SparseDelta(entries, "delta", {"method": "sara"}).save(
+        tmp_path / "sparse.safetensors", notes={"modelspec.title": "a style"}
+    )
     file = tmp_path / "full.safetensors"
     convert(sparse, "lycoris-diff", file)
     own = changed(tiny_sd, file).unet
@@ -312,6 +314,9 @@ def test_lycoris_merges_our_full_changes_as_we_apply_them(tiny_sd, tmp_path):
         assert torch.equal(entry.index, other.entries[name].index)
         assert torch.equal(entry.values, other.entries[name].values)
     assert other.metadata == one.metadata
+    for made in (file, back):
+        with safe_open(made, framework="pt") as opened:
+            assert opened.metadata()["modelspec.title"] == "a style"
 
 
 def test_a_lora_made_sparse_in_full_is_the_same_change(tiny_sd, community, tmp_path):
