@@ -262,6 +262,28 @@ def test_a_weight_that_was_offloaded_is_not_written_to_nowhere():
         model(torch.randn(2, 8))
 
 
+def test_adapters_of_every_kind_of_layer_and_of_shared_weights_become_sparse_ones_and_come_back(tiny_gpt2, tmp_path):
+    for make, run in ((OfEveryKind, lambda m: m(IDS)), (lambda: tiny_gpt2().eval(), lambda m: m(IDS).logits)):
+        torch.manual_seed(0)
+        base = make()
+        model = get_peft_model(copy.deepcopy(base), config())
+        train(model, lambda m, run=run: run(m).square().mean())
+        sparse = fallow.to_sparse(model)
+        assert sparse.trained == model.get_nb_trainable_parameters()[0]
+        shown = copy.deepcopy(base)
+        fallow.Adapters(shown).add("style", sparse)
+        back = fallow.from_sparse(sparse, copy.deepcopy(base))
+        with torch.no_grad():
+            assert torch.equal(run(back.eval()), run(model.eval()))
+        held = dict(shown.named_parameters())
+        for name, layer in layers(model).items():
+            if layer.leader is layer:
+                assert torch.equal(held[f"{name}.{layer.tensor}"], layer.parameter)
+        model.save_pretrained(tmp_path, save_embedding_layers=False)
+        folder = fallow.to_sparse(tmp_path, base)
+        assert all(torch.equal(folder.entries[name].values, entry.values) for name, entry in sparse.entries.items())
+
+
 def test_replicas_of_data_parallel_are_refused():
     model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config(fraction=0.5))
     replica = layers(model)["0"]._replicate_for_data_parallel()
