@@ -360,3 +360,24 @@ def test_an_adapter_of_a_text_encoder_alone_is_for_a_pipeline(tiny_sd, community
     save_file({k.replace("layers.0", "layers.7"): v for k, v in tensors_of(file).items()}, file)
     with pytest.raises(AdapterError, match=r"changes 'encoder.*which CLIPTextModel lacks"):
         apply_adapters(pipeline, [(file, 1.0)])
+
+
+def test_peft_loads_the_second_text_encoder_of_an_xl_lora(tmp_path):
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=10, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+        projection_dim=8, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    encoder = CLIPTextModelWithProjection(config)
+    place = "lora_te2_text_model_encoder_layers_0_mlp_fc1"
+    up, down = torch.randn(16, 2), torch.randn(2, 8)
+    tensors = {f"{place}.lora_up.weight": up, f"{place}.lora_down.weight": down, f"{place}.alpha": torch.tensor(1.0)}
+    other = {key.replace("te2", "te1"): value.clone() for key, value in tensors.items()}
+    save_file(tensors | other, tmp_path / "xl.safetensors")
+    convert(tmp_path / "xl.safetensors", "peft", tmp_path / "made")
+    name = "text_model.encoder.layers.0.mlp.fc1.weight"
+    before = weights(encoder)[name]
+    after = weights(PeftModel.from_pretrained(encoder, tmp_path / "made" / "text_encoder_2").merge_and_unload())[name]
+    torch.testing.assert_close(after, before + 0.5 * up @ down, atol=1e-5, rtol=0)

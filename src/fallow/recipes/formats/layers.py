@@ -112,6 +112,11 @@ def plain(name: str) -> str:
     return name.removeprefix("text_model.")
 
 
+def prefixed(name: str) -> str:
+    """The way back: CLIP's weights as files of other programs have them."""
+    return f"text_model.{name}" if name.startswith(("encoder.layers.", "embeddings.", "final_layer_norm")) else name
+
+
 def part_of(names: Iterable[str]) -> str:
     """The part of a pipeline that weights of these names are in."""
     names = [plain(name) for name in names]

@@ -26,7 +26,7 @@ from fallow.recipes.adapter_directory import (
     opened,
     read_config,
 )
-from fallow.recipes.formats.layers import Adapter, Dense, Factors, Layer, finite, part_of, plain
+from fallow.recipes.formats.layers import Adapter, Dense, Factors, Layer, finite, part_of, plain, prefixed
 from fallow.recipes.formats.patterns import settings
 from fallow.recipes.formats.single_file import alpha_rule, split
 
@@ -132,6 +132,9 @@ def _write_part(folder: Path, part: str, layers: Mapping[str, Layer], adapter: A
     encoder = part.startswith("text_encoder")
     told = settings({name: (f.rank, f.alpha) for name, f in factors.items()}, dora, anchored=not encoder)
     config = {**told, "bias": "none", "inference_mode": True, "task_type": None, "base_model_name_or_path": None}
+    if part == "text_encoder_2" or (part == "text_encoder" and "text_encoder_3" in adapter.parts):
+        # CLIP with a projection keeps the prefix in all versions of transformers; the settings above fit both
+        factors = {prefixed(name): one for name, one in factors.items()}
     write_tensors(
         folder / WEIGHTS,
         {PREFIX + key: value for key, value in tensors(factors).items()},

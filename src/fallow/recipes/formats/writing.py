@@ -14,7 +14,7 @@ from fallow.core.errors import AdapterError
 from fallow.core.files import write_tensors
 from fallow.recipes.adapter_directory import NETWORKS, VERSION
 from fallow.recipes.formats import fused, names, peft
-from fallow.recipes.formats.layers import Adapter, Dense, Factors, Layer, Layers
+from fallow.recipes.formats.layers import Adapter, Dense, Factors, Layer, Layers, prefixed
 from fallow.recipes.formats.single_file import LORA_METADATA
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -51,14 +51,9 @@ def _diffusers(adapter: Adapter) -> dict[str, Tensor]:
     for part, layers in adapter.parts.items():
         factors = {name.removesuffix(".weight"): _factors(part, name, one, "diffusers") for name, one in layers.items()}
         if part.startswith("text_encoder"):
-            factors = {_with_prefix(name): one for name, one in factors.items()}
+            factors = {prefixed(name): one for name, one in factors.items()}
         tensors |= {f"{part}.{key}": value for key, value in peft.tensors(factors).items()}
     return tensors
-
-
-def _with_prefix(layer: str) -> str:
-    """CLIP's layers as files have them, whatever this version of transformers calls them."""
-    return f"text_model.{layer}" if layer.startswith(("encoder.layers.", "embeddings.", "final_layer_norm")) else layer
 
 
 def _factors(part: str, name: str, layer: Layer, format: str) -> Factors:
@@ -78,7 +73,7 @@ def _flat(adapter: Adapter, format: str, *, dense: bool) -> dict[str, Tensor]:
         if part in NETWORKS:
             layers, prefix = _original(layers, format) if not dense else layers, "lora_unet_"
         else:
-            layers, prefix = {f"{_with_prefix(name)}": one for name, one in layers.items()}, _encoder(adapter, part)
+            layers, prefix = {f"{prefixed(name)}": one for name, one in layers.items()}, _encoder(adapter, part)
         for name, layer in layers.items():
             tensors |= _dense(prefix, part, name, layer) if dense else _pair(prefix, part, name, layer, format)
     return tensors
