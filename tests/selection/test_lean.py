@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fallow
+from fallow.core import update
 from fallow.core.errors import ConfigError
 
 LEAN = [{"row_chunk": 7}, {"row_chunk": "2kB"}, {"in_backward": True}, {"in_backward": True, "row_chunk": 7}]
@@ -320,3 +321,140 @@ def test_moments_of_eight_bits_reach_the_digits_accuracy_of_thirty_two():
     assert ends[8][0] == pytest.approx(ends[32][0], rel=0.05)
     assert ends[8][1] == pytest.approx(ends[32][1], abs=0.02)
     assert float(nn.functional.cosine_similarity(ends[8][2], ends[32][2], dim=0)) > 0.97
+
+
+@pytest.mark.parametrize("options", [{}, {"in_backward": True}, {"row_chunk": 8}])
+def test_a_compiled_model_takes_the_same_steps_and_compiles_once(mlp, options):
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    plain, model = mlp(), mlp()
+    ours, theirs = (fallow.SaRA(net, fraction=0.1, lr=1e-2, rank_weight=5e-3, **options) for net in (model, plain))
+    compiled = torch.compile(model, backend="aot_eager")
+    train(plain, theirs, range(4))
+    train(compiled, ours, range(1))
+    first = dict(counters["stats"])
+    train(compiled, ours, range(1, 4))
+    assert counters["stats"]["unique_graphs"] == first["unique_graphs"] > 0
+    assert not counters["recompiles"]
+    close(model, plain, atol=1e-6)
+    if "row_chunk" in options:  # a compiled backward pass makes whole gradients, and that is told
+        assert ours.dense_gradients == [name for name in ours.slots if name.endswith("weight") and name != "3.weight"]
+
+
+def test_blocks_of_a_unet_compiled_one_by_one_take_the_same_steps_and_compile_once(tiny_unet):
+    torch._dynamo.reset()
+    ends = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = tiny_unet()
+        optimizer = fallow.SaRA(model, fraction=0.1, lr=1e-3)
+        if compiled:
+            model.compile_repeated_blocks(backend="aot_eager")
+        seen = []
+        for step in range(3):
+            latents, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
+            model(latents, torch.tensor([step, 7]), text).sample.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        ends.append(model)
+    assert seen[0] == seen[-1] > 0
+    close(*ends, atol=1e-5)
+
+
+def test_a_model_cast_after_the_optimizer_was_made_gets_masters(mlp):
+    model = mlp()
+    optimizer = fallow.SaRA(model, fraction=0.1, lr=1e-4)
+    assert not any(slot.mastered for slot in optimizer.slots.values())
+    model.bfloat16()
+    train(model, optimizer, range(2))
+    for slot in optimizer.slots.values():
+        assert slot.mastered
+        assert torch.equal(slot.read(), slot.values().bfloat16())
+        assert not torch.equal(slot.values(), slot.read().float())
+
+
+def test_hooks_of_a_rule_see_one_step_and_foreign_rules_keep_their_values(mlp):
+    made = {}
+
+    def heard(groups: list) -> torch.optim.Optimizer:
+        made["rule"] = torch.optim.AdamW(groups, weight_decay=0.0)
+        made["rule"].register_step_post_hook(lambda *_: made.update(steps=made.get("steps", 0) + 1))
+        return made["rule"]
+
+    class Foreign(torch.optim.SGD):
+        """Looks at its parameters outside of its steps."""
+
+    models = [mlp(), mlp(), mlp()]
+    plain = fallow.SaRA(models[0], fraction=0.1, lr=1e-2)
+    listened = fallow.SaRA(models[1], fraction=0.1, lr=1e-2, rule=heard)
+    foreign = fallow.SaRA(models[2], fraction=0.1, lr=1e-2, rule=lambda groups: Foreign(groups, momentum=0.9))
+    for model, optimizer in zip(models, (plain, listened, foreign), strict=True):
+        train(model, optimizer, range(3))
+    close(models[0], models[1], atol=1e-7)  # fused or not
+    assert made["steps"] == 3
+    for slot in foreign.slots.values():
+        assert torch.equal(slot.proxy.detach(), slot.read())
+        assert slot.proxy.untyped_storage().nbytes() == 4 * slot.proxy.numel()
+    for slot in plain.slots.values():
+        assert slot.proxy.untyped_storage().nbytes() == 4
+    with pytest.raises(RuntimeError, match="single memory location"):
+        plain.slots["0.weight"].proxy.data.add_(1)
+
+
+def test_values_are_materialised_part_by_part_with_the_same_result(mlp, monkeypatch):
+    ends = []
+    for part, calls in ((1 << 20, 1), (100, 3)):
+        monkeypatch.setitem(update.PART, "cpu", part)
+        model = mlp()
+
+        def rule(groups: list) -> torch.optim.Optimizer:
+            params = groups[0]["params"]
+            return torch.optim.AdamW([{"params": [param], "lr": 1e-2 / (1 + i)} for i, param in enumerate(params)])
+
+        optimizer = fallow.SaRA(model, fraction=0.1, lr=1e-2, include="weight", exclude="3.weight", rule=rule)
+        assert len(list(optimizer.update._parts([*optimizer.slots.values()]))) == calls
+        train(model, optimizer, range(3))
+        ends.append([param.detach().clone() for param in model.parameters()])
+        assert [len(group["params"]) for group in optimizer.param_groups] == [1] * 3
+        assert optimizer.rule.param_groups is optimizer.param_groups
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_moments_of_a_foreign_rule_in_blocks_are_dropped_at_a_re_selection_or_refused(mlp):
+    class Blocked(torch.optim.Optimizer):
+        def step(self, closure=None) -> None:
+            for param in self.param_groups[0]["params"]:
+                self.state[param]["scale"] = torch.zeros(param.numel() // 256 + 2)
+                param.data.add_(param.grad, alpha=-self.param_groups[0]["lr"])
+
+    def make(**options) -> fallow.SaRA:
+        return fallow.SaRA(model, fraction=0.1, lr=1e-2, rule=lambda g: Blocked(g, {}), reselect_at=1, **options)
+
+    model = mlp()
+    optimizer = make()
+    with pytest.raises(ConfigError, match=r"Blocked keeps 'scale' of '0.weight'.*reset_state=True, or state_bits=8"):
+        train(model, optimizer, range(1))
+    optimizer.close()
+    optimizer = make(reset_state=True)
+    train(model, optimizer, range(2))
+    assert 0 < optimizer.live_parameters < optimizer.trained_parameters
+
+
+def test_adamw_of_eight_bits_of_bitsandbytes_may_be_the_rule():
+    """torchao's works too, but compiles for minutes."""
+    rule = pytest.importorskip("bitsandbytes.optim").AdamW8bit
+    ends = []
+    for given in (None, lambda groups: rule(groups)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(256, 256, bias=False), nn.GELU(), nn.Linear(256, 256, bias=False))
+        optimizer = fallow.SHiRA(model, "wm", density=0.25, lr=1e-3, rule=given)
+        for step in range(3):
+            x = torch.randn(8, 256, generator=torch.Generator().manual_seed(step))
+            model(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(torch.cat([slot.values() - slot.base_of_trained() for slot in optimizer.slots.values()]))
+    moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    assert any(value.dtype == torch.uint8 for value in moments)
+    assert float(nn.functional.cosine_similarity(*ends, dim=0)) > 0.99

@@ -320,6 +320,7 @@ class Selective(torch.optim.Optimizer):
         """
         if self.threshold is None:
             raise ConfigError("nothing to re-select by: the choice was not made by one threshold for the model")
+        self._check_moments()
         step, of, bound = self.schedule.steps, self.live_parameters, self.threshold
         kept = {name: (self._values(self.slots[name]).abs() < bound).nonzero().view(-1) for name in self._grouped}
         sizes = {name: self.slots[name].over_ranks(index.numel()) for name, index in kept.items()}
@@ -643,6 +644,21 @@ class Selective(torch.optim.Optimizer):
         if self._shelf is None:
             return ""
         return f"the model shows the adapter at scale {self._scale}; call set_scale(1.0) before training on"
+
+    def _check_moments(self) -> None:
+        """ConfigError where a foreign rule keeps moments that cannot be narrowed entry by entry."""
+        if self.reset_state or isinstance(self.rule, AdamW8bit):
+            return
+        for name in self._grouped:
+            proxy = self.slots[name].proxy
+            for key, value in self.state.get(proxy, {}).items():
+                blocked = isinstance(value, Tensor) and value.ndim > 0 and not _per_entry(value, proxy.numel())
+                if blocked or (isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter)):
+                    raise ConfigError(
+                        f"{type(self.rule).__name__} keeps '{key}' of '{name}' in another form than one number an "
+                        "entry, which a re-selection cannot narrow; give reset_state=True, or state_bits=8 in place of "
+                        "the rule"
+                    )
 
     def _check_in_backward(self) -> None:
         if ranks() > 1 and any(slot.part is None for slot in self.slots.values()):
