@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from fallow.cli import app, failures
-from fallow.core.errors import DataError
+from fallow.core.errors import DataError, StorageError
 
 
 def run(*args, env=None, **more):
@@ -50,6 +50,8 @@ def failing(error):
         ),
         (PermissionError(errno.EACCES, "Permission denied", "/a/b"), 2, "cannot read or write /a/b: Permission denied"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left on device"),
+        (StorageError("/a/b has no room; make space"), 2, "Error: /a/b has no room; make space"),
+        (OSError(errno.EFBIG, "File too large", "/a/b"), 2, "cannot read or write /a/b: File too large"),
         (RuntimeError("shapes differ\nand more"), 1, "RuntimeError: shapes differ"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "aaa"), 2, "aaa: File name too long"),
         (MemoryError(), 1, "fallow doctor --model"),

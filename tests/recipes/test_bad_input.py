@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,10 @@ from typer.testing import CliRunner
 
 import fallow
 from fallow.cli import app
+from fallow.core import files
 from fallow.core.files import read_tensors, write_tensors
+from fallow.recipes import text_to_image
+from fallow.recipes.checkpoints import checkpoints
 
 FEW = ("--steps", 2, "--batch-size", 2, "--samples", 0, "--sample-steps", 1, "--device", "cpu")
 
@@ -208,3 +214,95 @@ def test_pictures_and_merged_models_are_refused_a_place_that_cannot_be_written(t
     few = ("--model", tiny_sd, "--adapter", adapter, "--steps", 1, "--device", "cpu")
     assert "cannot be written" in refused("generate", "a bag", "--output", "/proc/pictures", *few)
     assert "cannot be written" in refused("adapter", "merge", adapter, "--model", tiny_sd, "--output", "/proc/merged")
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`full_disk(n)`: the n-th file or folder that is brought to the disk, and all after it, find it full."""
+    real = files._to_disk
+
+    def fill(number: int) -> None:
+        left = [number]
+
+        def refuse(place: Path) -> None:
+            left[0] -= 1
+            if left[0] <= 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(place)
+
+        monkeypatch.setattr(files, "_to_disk", refuse)
+
+    return fill
+
+
+@pytest.mark.parametrize("number", [1, 4, 12, 26])
+def test_a_disk_that_fills_up_ends_a_run_with_one_error_and_keeps_what_was_complete(
+    tiny_sd, pictures, tmp_path, quick, full_disk, monkeypatch, number
+):
+    """Before the first step there is then no directory; later the checkpoints are whole, and the run can go on."""
+    run = tmp_path / "run"
+    words = ("train", "--model", tiny_sd, "--data", pictures, "--output", run, *FEW, "--save-every", 1, "--steps", 3)
+    full_disk(number)
+    assert "No space left on device; give a place that you may write to, with space left" in refused(*words)
+    assert not list(tmp_path.rglob(".*"))
+    monkeypatch.undo()
+    if number < 5:
+        assert not run.exists()
+        return
+    monkeypatch.setattr(text_to_image, "write_run_report", lambda folder: folder / "report.html")
+    result = CliRunner().invoke(app, ["train", "--resume", str(run)])
+    assert result.exit_code == 0, result.output
+    assert [place.name for place in checkpoints(run)] == ["step-000002", "step-000003"]
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+
+
+def test_a_full_disk_ends_every_command_that_writes_with_one_error(tiny_sd, adapter, tmp_path, full_disk):
+    full_disk(1)
+    few = ("--model", tiny_sd, "--adapter", adapter, "--steps", 1, "--device", "cpu")
+    for words in (
+        ("generate", "a bag", "--output", tmp_path / "out", *few),
+        ("adapter", "merge", adapter, "--model", tiny_sd, "--output", tmp_path / "merged"),
+        ("adapter", "combine", adapter, "--output", tmp_path / "both.safetensors"),
+        ("adapter", "combine", adapter, "--output", tmp_path / "both"),
+    ):
+        assert "cannot be written: No space left on device" in refused(*words)
+    left = {place.name for place in tmp_path.iterdir()}
+    assert left <= {"adapter.safetensors", "out"}
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_network_that_gives_no_numbers_ends_a_run_with_one_error(tiny_sd, pictures, tmp_path, quick, monkeypatch):
+    def nothing(run: Any, _: Any) -> torch.Tensor:
+        return sum(parameter.sum() for parameter in run.network.parameters()) * math.nan
+
+    monkeypatch.setattr(text_to_image.Run, "loss", nothing)
+    said = refused("train", "--model", tiny_sd, "--data", pictures, "--output", tmp_path / "run", *FEW)
+    assert "the loss is nan at step 1, so the run has stopped; there was no checkpoint yet. Lower lr=" in said
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_hostile_adapters_are_refused_by_every_command_that_reads_one(adapter, tmp_path):
+    tensors, header = read_tensors(adapter)
+    name = next(key for key in tensors if key.endswith(".delta"))
+    told = json.loads(header["fallow"])
+    told["tensors"][name.removesuffix(".delta")]["shape"] = [10**12, 10**6]
+    other = tensors[name].clone()
+    other[0] = math.nan
+    hostile = {
+        "nan": ({**tensors, name: other}, header, "NaN or infinite"),
+        "huge": (tensors, {**header, "fallow": json.dumps(told)}, "is that of no tensor"),
+        "deep": (tensors, {**header, "fallow": "[" * 100_000}, "nested too deeply"),
+        "extra": ({**tensors, "../../x": torch.ones(1)}, header, "holds '../../x'"),
+    }
+    for kind, (held, metadata, says) in hostile.items():
+        file = tmp_path / f"{kind}.safetensors"
+        write_tensors(file, held, metadata)
+        for words in (
+            ("adapter", "info", file), ("adapter", "diff", file, adapter),
+            ("adapter", "combine", file, "--output", tmp_path / "x"),
+            ("generate", "a bag", "--adapter", file, "--output", tmp_path / "out", "--steps", 1, "--device", "cpu"),
+            ("adapter", "merge", file, "--output", tmp_path / "merged"),
+        ):  # fmt: skip
+            assert says in refused(*words), (kind, words)
+    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "merged").exists()

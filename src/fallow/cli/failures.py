@@ -21,7 +21,7 @@ from fallow.core.errors import FallowError
 # What the operating system refuses is for the user to put right: permissions, a full disk, a file in a folder's place.
 REFUSED = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EISDIR, errno.EDQUOT, errno.ENAMETOOLONG,
-    errno.ELOOP, errno.EEXIST,
+    errno.ELOOP, errno.EEXIST, errno.EFBIG, errno.EIO,
 }  # fmt: skip
 
 

@@ -153,6 +153,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}; give a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} is no valid TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"--config {path} is nested too deeply; write it flat") from None
 
 
 def make_config(

@@ -223,7 +223,7 @@ def _entry(name: str, described: Any, store: Store, tensors: dict[str, Tensor]) 
     shape, dtype, base = described["shape"], described["dtype"], described["base"]
     if not isinstance(shape, list) or not all(type(side) is int and 0 <= side < 2**48 for side in shape):
         raise AdapterError(f"its shape {shape!r:.60} is none")
-    if math.prod(shape) >= 2**62:
+    if math.prod(shape) >= 2**48:
         raise AdapterError(f"its shape {shape!r:.60} is that of no tensor")
     if dtype not in DTYPES:
         raise AdapterError(f"its dtype {dtype!r:.60} is none of {', '.join(DTYPES)}")

@@ -147,7 +147,7 @@ def settings_of(run: Path) -> dict[str, Any]:
         return tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"resume={run} is no run: it has no config.toml; give the directory of a run") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{run / 'config.toml'} cannot be read ({error}); train anew") from None
 
 
