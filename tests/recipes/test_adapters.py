@@ -112,6 +112,23 @@ def test_what_the_file_alone_cannot_tell_is_none_with_a_remark(base, lora, full,
     assert sorted(facts["target_modules"]) == ["to_q", "to_v"]
 
 
+def test_what_a_file_of_any_kind_tells_other_tools_is_shown(base, tiny_sd, tmp_path):
+    said = {"modelspec.title": "T", "modelspec.hash_sha256": "", "ss_seed": "3"}
+    unet = load_pipeline(str(tiny_sd), "cpu").unet
+    whole = save_full(unet, tmp_path / "full", base_fingerprints(unet), {}, said)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q"]), unet)
+    kinds = [
+        delta_of(base, 1).save(tmp_path / "one.safetensors", notes=said),
+        save_peft(unet, tmp_path / "lora", {}, said),
+        whole,
+    ]
+    for place in kinds:
+        notes = describe(place)["notes"]
+        assert notes | {"modelspec.hash_sha256": ""} == said
+        assert len(notes["modelspec.hash_sha256"]) == 66
+    assert describe(delta_of(base, 1).save(tmp_path / "plain"))["notes"] == {}
+
+
 def test_an_adapter_without_a_fingerprint_is_remarked(lora):
     save_file(load_file(lora / WEIGHTS), lora / WEIGHTS)
     assert any("no fingerprint" in remark for remark in describe(lora)["remarks"])

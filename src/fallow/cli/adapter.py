@@ -62,8 +62,15 @@ def info(
         show.table("", ["layer", "of", "rank", "alpha"], told_of[:MOST], right=[2, 3])
         if len(found["layers"]) > MOST:
             show.note(f"and {len(found['layers']) - MOST} more layers; --json has all of them")
+    if found["notes"]:
+        show.facts("for other tools", [(name, shortened(text)) for name, text in found["notes"].items()])
     for remark in found["remarks"]:
         show.note(remark)
+
+
+def shortened(text: str, most: int = 100) -> str:
+    """A text that may be long, such as how often each tag occurs; --json has all of it."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def told(name: str, value: Any) -> str:

@@ -23,7 +23,7 @@ from fallow.core.errors import AdapterError, ConfigError, ModelError
 from fallow.core.files import atomic_directory
 from fallow.core.linalg import of_product
 from fallow.core.sparse import WEIGHTS, SparseDelta
-from fallow.recipes.adapter_directory import PREFIX, header, read_config, shapes_in
+from fallow.recipes.adapter_directory import PREFIX, header, opened, read_config, shapes_in
 from fallow.recipes.adapter_files import adapter_size, kind_of, locate
 from fallow.recipes.checkpoint_tensors import tensors_in
 from fallow.recipes.formats import peft, reading
@@ -44,7 +44,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     `facts`: kind, method, trained entries, tensors, bytes, and what its training noted. `blocks`: for each block of the
     network `trained` entries, `numel` of its adapted weights, `norm` and `largest` of the changes; None where the file
     alone cannot tell. `layers`: layer, shape, rank and alpha of each in a file of another program.
-    `remarks`: sentences. Raises AdapterError.
+    `notes`: what the file tells other tools. `remarks`: sentences. Raises AdapterError.
     """
     place, kind = locate(path), kind_of(path)
     trained, size = adapter_size(place)
@@ -59,7 +59,18 @@ def describe(path: str | Path) -> dict[str, Any]:
         facts, blocks, remarks = _describe_dense(place, kind)
     told = {"kind": kind, "trained": trained, "bytes": size}
     told |= {name: value for name, value in facts.items() if name not in told and value is not None}
-    return {"facts": told, "blocks": blocks, "layers": layers, "remarks": remarks}
+    return {"facts": told, "blocks": blocks, "layers": layers, "notes": notes_in(place), "remarks": remarks}
+
+
+def notes_in(place: Path) -> dict[str, str]:
+    """What an adapter's file tells other tools, `modelspec.*` and `ss_*`; of one in several parts, its first file."""
+    files = [place] if place.is_file() else [place / WEIGHTS, *sorted(place.glob(f"*/{WEIGHTS}"))]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        return {}
+    with opened(file) as found:
+        told = found.metadata() or {}
+    return {name: told[name] for name in sorted(told) if name.startswith(("modelspec.", "ss_"))}
 
 
 def _describe_sparse(delta: SparseDelta) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
