@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 
+from fallow.core.errors import ConfigError
 from fallow.recipes.losses import LossRules
-from fallow.recipes.noise import PLAIN, Diffusion, Draw, NoiseRules, denoising_loss, draw, min_snr_weights, target
+from fallow.recipes.noise import (
+    PLAIN,
+    Diffusion,
+    Draw,
+    NoiseRules,
+    denoising_loss,
+    draw,
+    min_snr_weights,
+    multires,
+    target,
+    zero_terminal,
+)  # fmt: skip
 
 
 class Answers:
@@ -85,3 +97,85 @@ def test_noise_and_timesteps_follow_the_generator_and_cover_the_range():
     part = one.part(2, 5)
     assert torch.equal(part.noise, one.noise[2:5])
     assert torch.equal(part.timesteps, one.timesteps[2:5])
+
+
+def test_plain_draws_are_the_generators_own_numbers():
+    shape = torch.Size((3, 4, 8, 8))
+    drawn = draw(shape, 1000, PLAIN, torch.Generator().manual_seed(3), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(3)
+    assert torch.equal(drawn.noise, torch.randn(shape, generator=generator))
+    assert torch.equal(drawn.timesteps, torch.randint(0, 1000, (3,), generator=generator))
+    assert drawn.perturbation is None
+
+
+def test_multires_noise_is_the_sum_of_levels_brought_back_to_deviation_1():
+    noise = torch.randn(2, 4, 16, 16)
+    found = multires(noise, 6, 0.5, torch.Generator().manual_seed(3))
+    generator, total = torch.Generator().manual_seed(3), noise.clone()
+    for level in range(6):
+        ratio = float(torch.rand((), generator=generator)) * 2 + 2
+        side = max(1, int(16 / ratio**level))
+        coarse = torch.randn((2, 4, side, side), generator=generator)
+        total += torch.nn.Upsample(size=(16, 16), mode="bilinear")(coarse) * 0.5**level
+        if side == 1:
+            break
+    for picture, wanted in zip(found, total, strict=True):
+        torch.testing.assert_close(picture, wanted / wanted.std())
+    assert found.mean((2, 3)).std() > 2 * noise.mean((2, 3)).std()  # more of it is coarse
+    clip = torch.randn(2, 4, 3, 16, 16)
+    assert multires(clip, 2, 0.5, torch.Generator().manual_seed(3)).shape == clip.shape
+
+
+def test_timesteps_stay_in_their_range():
+    how = NoiseRules(first_timestep=3, last_timestep=6)
+    shape = torch.Size((200, 1, 1, 1))
+    drawn = draw(shape, 10, how, torch.Generator().manual_seed(1), torch.device("cpu"))
+    assert drawn.timesteps.unique().tolist() == [3, 4, 5]
+
+
+def test_the_input_is_perturbed_and_the_target_is_not(scheduler):
+    objective = Diffusion(scheduler, "epsilon")
+    latents, seen = torch.randn(2, 4, 8, 8), []
+    how = NoiseRules(perturbation=0.5)
+    drawn = objective.draw(latents.shape, how, torch.Generator().manual_seed(1), torch.device("cpu"))
+
+    def answer(noisy, timesteps):
+        seen.append(noisy)
+        return drawn.noise
+
+    assert float(denoising_loss(answer, objective, latents, drawn)) == 0.0
+    assert drawn.perturbation is not None
+    assert float(drawn.perturbation.std()) == pytest.approx(0.5, abs=0.05)
+    wanted = scheduler.add_noise(latents, drawn.noise + drawn.perturbation, drawn.timesteps)
+    assert torch.equal(seen[0], wanted)
+    assert torch.equal(drawn.part(1, 2).perturbation, drawn.perturbation[1:2])
+
+
+def test_zero_terminal_snr_ends_in_noise_alone_and_begins_as_before(scheduler):
+    velocity = DDPMScheduler.from_config(scheduler.config, prediction_type="v_prediction")
+    found = zero_terminal(velocity)
+    roots, wanted = scheduler.alphas_cumprod.sqrt(), found.alphas_cumprod.sqrt()
+    torch.testing.assert_close(wanted, (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1]), atol=2e-4, rtol=1e-3)
+    assert float(found.alphas_cumprod[-1]) == pytest.approx(0.0, abs=1e-7)
+    other = zero_terminal(PNDMScheduler.from_config(velocity.config))
+    assert type(other) is DDIMScheduler
+    assert other.config.timestep_spacing == "trailing"
+    with pytest.raises(ConfigError, match="nothing to learn at the last timestep"):
+        zero_terminal(scheduler)
+    with pytest.raises(ConfigError, match="FlowMatchEulerDiscreteScheduler lacks"):
+        zero_terminal(FlowMatchEulerDiscreteScheduler())
+
+
+@pytest.mark.parametrize("distance", ["l1", "huber", "smooth-l1"])
+def test_other_distances_and_debiased_weights_are_their_formulas(scheduler, distance):
+    latents, noise, t = torch.randn(2, 4, 2, 2), torch.randn(2, 4, 2, 2), torch.tensor([50, 700])
+    rules = LossRules(distance=distance, huber_schedule="exponential", debiased=True)
+    got = denoising_loss(lambda *_: torch.zeros_like(noise), Diffusion(scheduler), latents, Draw(noise, t), rules=rules)
+    each = []
+    for i in range(2):
+        c, size = 0.1 ** (float(t[i]) / 1000), noise[i].abs()
+        soft = 2 * ((size**2 + c**2).sqrt() - c)
+        loss = {"l1": size, "huber": c * soft, "smooth-l1": soft}[distance].mean()
+        abar = float(scheduler.alphas_cumprod[t[i]])
+        each.append(float(loss) * ((1 - abar) / abar) ** 0.5)
+    assert float(got) == pytest.approx(sum(each) / 2, rel=1e-4)
