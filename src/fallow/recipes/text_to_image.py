@@ -588,6 +588,9 @@ class Run:
         self.scaler.load_state_dict(state["scaler"])
         if self.validation is not None:
             self.validation.best = state["best"]
+        plain = [w for w in self.network.parameters() if type(w) is nn.Parameter and w.dtype.itemsize > 1]
+        if not all(bool(torch.isfinite(weight).all()) for weight in plain):
+            raise ValueError("it holds values that are no numbers")
         self.step, self.seconds = state["step"], state["seconds"]
 
     # -- drawings -----------------------------------------------------------------------------------------------------
