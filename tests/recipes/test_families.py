@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from tiny_families import KINDS
 
 from fallow.core.errors import AdapterError, ConfigError, DataError, ModelError
@@ -22,7 +23,7 @@ from fallow.recipes.latents import Examples, seeded
 from fallow.recipes.noise import Draw, NoiseRules
 from fallow.recipes.pictures import fit, read_pictures
 from fallow.recipes.pipelines import apply_adapters, generate, load_pipeline, stills, trained_part
-from fallow.recipes.text_to_image import Outcome, train
+from fallow.recipes.text_to_image import Outcome, Run, train
 from fallow.recipes.train_config import TrainConfig
 
 DRAWN = {"steps": 2, "guidance": 3.0, "width": 32, "height": 32}
@@ -246,6 +247,15 @@ def test_text_encoders_are_trained_beside_the_network_and_their_adapter_draws_th
     if kind == "sdxl":
         with pytest.raises(AdapterError, match="trained on another base"):
             apply_adapters(pipeline, [(outcome.adapter, 1.0)])
+
+
+@pytest.mark.parametrize("method", ["sara", "lora"])
+def test_text_encoders_may_have_a_learning_rate_of_their_own(method, settings):
+    more = {"method": method, "train_text_encoder": True, "lr_blocks": {"^text_encoder": 0.1}, "samples": 0}
+    config = settings("flux", **more)
+    run = Run(config, config.output, None, Console(quiet=True))
+    assert sorted({group["lr"] for group in run.trained.optimizer.param_groups}) == pytest.approx([5e-4, 5e-3])
+    run.journal.close()
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux", "pixart", "animatediff"])
