@@ -1,7 +1,7 @@
 """Optimizers by name, over whole tensors (LoRA, full fine-tuning) and over chosen entries (SaRA, SHiRA, ...) alike.
 
     adamw          torch's AdamW, fused
-    adamw8bit      AdamW with moments of 8 bits
+    adamw8bit      AdamW with moments of 8 bits (fallow.core.states8bit)
     prodigy        finds the learning rate itself (prodigyopt); `lr` is a factor, 1 if not given
     adafactor      transformers' Adafactor: the second moment of a matrix as rows x columns, no first one
     lion           the sign of a momentum (fallow.core.lion)
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fallow.core.errors import ConfigError, nearest
 from fallow.core.lion import Lion
+from fallow.core.states8bit import AdamW8bit
 
 Groups = list[dict[str, Any]]
 EXTRA = "pip install 'fallow[optimizers]'"
@@ -72,6 +73,7 @@ class Optimizer:
 
 OPTIMIZERS: dict[str, Optimizer] = {
     "adamw": Optimizer(_adamw, {}),
+    "adamw8bit": Optimizer(lambda: AdamW8bit, {}),
     "prodigy": Optimizer(_prodigy, {}, None, 1.0),
     # Its own steps relative to the weights, which a schedule would fight, are off: `lr` is then the rate.
     "adafactor": Optimizer(_adafactor, {"scale_parameter": False, "relative_step": False, "warmup_init": False}),
