@@ -111,6 +111,7 @@ def switching(device: str, rounds: int) -> dict[str, Any]:
         return total
 
     rank = max(1, round(entries / counted(1)))
+    parameters = counted(rank)
     model: Any = get_peft_model(second, LoraConfig(r=rank, target_modules=targets, init_lora_weights=False), "a")
     model.add_adapter("b", LoraConfig(r=rank, target_modules=targets, init_lora_weights=False))
     state = {"sparse": "a", "lora": "a"}
@@ -131,7 +132,7 @@ def switching(device: str, rounds: int) -> dict[str, Any]:
         model.merge_adapter()
 
     times = alternate({"sparse": sparse, "lora": lora}, rounds, device)
-    return {"times": times, "entries": entries, "lora_rank": rank, "lora_parameters": counted(rank)}
+    return {"times": times, "entries": entries, "lora_rank": rank, "lora_parameters": parameters}
 
 
 def main() -> None:
