@@ -31,6 +31,7 @@ from fallow.recipes.masks import check_mask, is_mask, mask_beside, transparent
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SMALLEST = 8  # pixels of the shorter side: one latent of Stable Diffusion's autoencoder
 CAPTION_KEYS = ("text", "caption", "prompt")  # of a line of metadata.jsonl
+LONGEST_NAME = 255  # letters; systems take no more
 LONGEST = 2.0  # the most that a bucket's longer side is of its shorter
 ORIENTATION = 0x0112  # EXIF tag; 5 to 8 are turned by a quarter
 HOW_TO_CAPTION = (
@@ -161,8 +162,8 @@ def _metadata(folder: Path) -> dict[Path, tuple[str, Path | None]]:
         file = folder / entry["file_name"]
         if Path(entry["file_name"]).is_absolute() or ".." in Path(entry["file_name"]).parts:
             raise DataError(f"{where} names {entry['file_name']}, which is not in the folder; move the picture there")
-        if "\0" in entry["file_name"] or not file.is_file():
-            raise DataError(f"{where} names {entry['file_name']}, which is not there; add the file or remove the line")
+        if "\0" in entry["file_name"] or len(entry["file_name"]) > LONGEST_NAME or not file.is_file():
+            raise DataError(f"{where} names {entry['file_name']:.200}, which is not there; add it or remove the line")
         if file in found:
             raise DataError(f"{where} names {entry['file_name']} again; keep one line for each picture")
         caption = next((entry[key] for key in CAPTION_KEYS if entry.get(key) is not None), "")
