@@ -215,6 +215,7 @@ class PeftChange:
         wants_gradient = {name: p.requires_grad for name, p in network.named_parameters()}
         training = {name: module.training for name, module in network.named_modules()}
         hosted: Any = None
+        held: dict[str, nn.Parameter] = {}
         former: dict[str, Tensor] = {}
         try:
             settings = PeftConfig.from_pretrained(str(self.folder))
@@ -225,7 +226,8 @@ class PeftChange:
             own, adapted = bare_parameters(network), adapted_names(network)
             if getattr(settings, "bias", "none") != "none":
                 adapted |= {name for name in own if name.endswith("bias")}
-            former = {name: own[name].detach().clone() for name in own if name in adapted}
+            held = {name: own[name] for name in own if name in adapted}
+            former = {name: weight.detach().clone() for name, weight in held.items()}
             set_peft_model_state_dict(hosted, tensors)
             hosted.merge_adapter(safe_merge=True)
             own = bare_parameters(network)
@@ -243,7 +245,7 @@ class PeftChange:
         finally:
             own = bare_parameters(network)
             for name, was in former.items():
-                own[name].data.copy_(was)
+                own.get(name, held[name]).data.copy_(was)  # settings of a stranger's can wrap a layer twice
             if hosted is not None:
                 hosted.unload()
                 vars(network).pop("peft_config", None)  # what older versions of PEFT leave there
