@@ -14,6 +14,7 @@ import argparse
 import collections
 import contextlib
 import copy
+import faulthandler
 import functools
 import json
 import os
@@ -510,6 +511,7 @@ def in_a_process(actions: Iterable[Callable[[], dict[str, Any]]], count: int) ->
         space = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (space + MEMORY, space + MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        faulthandler.disable()  # pytest's writes the traceback of a crash to a copy of stderr
         sink = os.open(os.devnull, os.O_WRONLY)
         os.dup2(sink, 1)
         os.dup2(sink, 2)
