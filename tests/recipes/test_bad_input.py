@@ -114,8 +114,8 @@ def test_a_model_that_is_not_there_is_no_pipeline_or_is_cut_off(train, tiny_sd, 
     weights.write_bytes(weights.read_bytes()[:-1000])
     assert "a file is missing or cut off" in train(model=broken)
     index = json.loads((broken / "model_index.json").read_text())
-    (broken / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
-    assert "is FLUX, which comes later" in train(model=broken)
+    (broken / "model_index.json").write_text(json.dumps({**index, "_class_name": "KandinskyPipeline"}))
+    assert "is a KandinskyPipeline; Fallow works with Stable Diffusion" in train(model=broken)
 
 
 def test_amounts_that_select_nothing_or_everything_or_cannot_be(train):

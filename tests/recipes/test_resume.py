@@ -164,7 +164,9 @@ def test_a_resumed_run_tells_every_command_and_how_to_go_on_can_be_pasted(settin
 def test_a_nested_state_survives_as_tensors_and_json(tmp_path):
     state = {
         "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(2, 3)}, 1: {}},
-        "groups": [{"betas": (0.9, 0.99), "params": [0, 1], "fused": True, "lr": 1e-4, "name": None, "most": float("inf")}],
+        "groups": [
+            {"betas": (0.9, 0.99), "params": [0, 1], "fused": True, "lr": 1e-4, "name": None, "most": float("inf")}
+        ],
         "half": torch.randn(3).bfloat16(), "index": torch.arange(3, dtype=torch.int32), "empty": torch.zeros(0),
     }  # fmt: skip
     tensors, rest = split(state)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from conftest import Zoo
 from fallow.core.distributed import rank
 from fallow.core.errors import ConfigError, ModelError
 from fallow.selection.lt_sft import LTSFT
@@ -18,6 +17,7 @@ from fallow.selection.sara import SaRA, smallest
 from fallow.selection.selective import Selective
 from fallow.selection.shira import SHiRA
 from ranks import run_ranks
+from zoo import Zoo
 
 STEPS, BATCH = 3, 8
 Trained = dict[str, Any]

@@ -83,9 +83,7 @@ class SparseDelta:
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    def save(
-        self, path: Path, dtype: torch.dtype = torch.float32, notes: Mapping[str, str] | None = None
-    ) -> Path:
+    def save(self, path: Path, dtype: torch.dtype = torch.float32, notes: Mapping[str, str] | None = None) -> Path:
         """Write `*.safetensors` as one file, any other path as an adapter directory; returns the path.
 
         AdapterError where a value is no number (training has failed) or other things lie there, StorageError where

@@ -115,10 +115,7 @@ def _files(folder: Path) -> list[Path]:
         raise DataError(f"{folder} does not exist; give a folder of pictures")
     if not folder.is_dir():
         raise DataError(f"{folder} is a file; give the folder that the pictures are in")
-    try:
-        found = [file for file in folder.iterdir() if _is_picture(file)]
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read ({error.strerror}); make it readable, or give another") from None
+    found = _pictures_in(folder)
     names = {file.stem for file in found}
     return [file for file in found if not is_mask(file, names)]
 
@@ -127,9 +124,16 @@ def _is_picture(file: Path) -> bool:
     return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
 
 
+def _pictures_in(folder: Path) -> list[Path]:
+    try:
+        return [file for file in folder.iterdir() if _is_picture(file)]
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read ({error.strerror}); make it readable, or give another") from None
+
+
 def has_pictures(folder: Path) -> bool:
-    """Whether there are pictures right in a folder."""
-    return any(_is_picture(file) for file in folder.iterdir())
+    """Whether there are pictures right in a folder. DataError where it cannot be read."""
+    return bool(_pictures_in(folder))
 
 
 def _none_in(folder: Path) -> str:
