@@ -8,6 +8,7 @@ the fields of their configurations, so their help is read only when one of the t
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -92,5 +93,6 @@ def main() -> None:
     if "--debug" not in sys.argv:
         for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
             os.environ.setdefault(name, "error")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         warnings.showwarning = show.warning
     app(prog_name="fallow")

@@ -40,8 +40,8 @@ from fallow.recipes.pipelines import is_hub_id, kind_of_model
 # What the optional packages are for. Nothing of the two main commands needs any of them.
 OPTIONAL = {
     "torchmetrics": "Inception as a judge of `fallow evaluate`, where its weights are given",
-    "bitsandbytes": "loading quantised base models",
-    "torchao": "loading quantised base models, float8",
+    "bitsandbytes": "its kernel for 4-bit bases on CUDA, its optimizers",
+    "torchao": "its 8-bit optimizers, as rule=",
     "xformers": "not used: torch's own attention is as lean",
     "ray": "spreading a comparison over a cluster",
     "mkdocs": "building the documentation",
