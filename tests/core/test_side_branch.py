@@ -6,11 +6,14 @@ from torch import nn
 
 import fallow
 from fallow.analysis.memory import LiveBytes
+from fallow.core.compact import gather
 from fallow.core.errors import SelectionError
 from fallow.core.files import read_tensors
 from fallow.core.quantized import quantize_, stored
 from fallow.core.select import Selection, eligible, magnitude
+from fallow.core.side_branch import SideSlot
 from fallow.core.sparse import Adapters, SparseDelta
+from fallow.core.stored_weight import Store
 
 MODES = ("fp8", "int8", "nf4")
 
@@ -134,6 +137,21 @@ def test_a_step_holds_one_dense_weight_and_one_dense_gradient_at_a_time():
     assert live.now < 0.2 * dense  # the compact gradients
 
 
+def test_after_a_re_selection_the_masters_are_followed_without_making_the_weight_dense(monkeypatch):
+    model = network(torch.bfloat16, "nf4")
+    optimizer = fallow.SaRA(model, fraction=0.3, lr=1e-2, reselect_at=2)
+    train(model, optimizer, 3)
+    narrowed = [slot for slot in optimizer.slots.values() if slot.live is not None and isinstance(slot, SideSlot)]
+    assert narrowed
+    expected = [slot.weight.dense().view(-1)[slot.trained.long()] for slot in narrowed]
+    made = []
+    monkeypatch.setattr(Store, "dense", lambda *_: made.append(1))
+    for slot, values in zip(narrowed, expected, strict=True):
+        slot.refresh()
+        assert torch.equal(gather(slot.weight, slot.trained), values)
+    assert not made
+
+
 def test_a_resumed_optimizer_goes_on_bit_for_bit(trained):
     model, optimizer = trained
     again = network(quantised="nf4")
@@ -205,3 +223,21 @@ def test_equal_layers_get_equal_shares_of_the_smallest_entries_though_many_codes
     assert min(zeros) > 0.03  # by the levels alone the first layer's zeros would be all that is chosen
     shares = [chosen / 128**2 for chosen, _ in fallow.SaRA(model, fraction=0.01, lr=1e-3).selected().values()]
     assert max(shares) < 1.5 * min(shares)
+
+
+@pytest.mark.parametrize("method", [fallow.SaRA, fallow.SHiRA])
+def test_a_second_optimizer_goes_on_from_what_the_first_has_trained(trained, method):
+    model, first = trained
+    first.close()
+    reached = model(batch()).detach()
+    options = {"fraction": 0.05} if method is fallow.SaRA else {"density": 0.05}
+    second = method(model, lr=1e-2, **options)
+    assert torch.equal(model(batch()), reached)
+    train(model, second, 2)
+    moved = model(batch()).detach()
+    assert not torch.equal(moved, reached)
+    with second.disabled():
+        assert torch.equal(model(batch()), reached)
+    state = second.state_dict()
+    second.load_state_dict(state)
+    assert torch.equal(model(batch()), moved)

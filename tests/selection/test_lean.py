@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import fallow
 from fallow.core import update
 from fallow.core.errors import ConfigError
+from fallow.core.lion import Lion
 
 LEAN = [{"row_chunk": 7}, {"row_chunk": "2kB"}, {"in_backward": True}, {"in_backward": True, "row_chunk": 7}]
 
@@ -458,3 +459,36 @@ def test_adamw_of_eight_bits_of_bitsandbytes_may_be_the_rule():
     moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     assert any(value.dtype == torch.uint8 for value in moments)
     assert float(nn.functional.cosine_similarity(*ends, dim=0)) > 0.99
+
+
+def test_a_layer_in_row_blocks_refuses_an_input_of_another_dtype_as_the_plain_layer_does(mlp):
+    model = mlp(torch.bfloat16)
+    optimizer = fallow.SaRA(model, fraction=0.5, lr=1e-3, row_chunk=7)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        model(torch.randn(2, 80))
+    optimizer.close()
+
+
+def test_a_weight_that_a_loaded_state_brings_is_told_where_its_gradient_comes_whole(mlp):
+    saved = fallow.SaRA(mlp(), fraction=0.3, lr=1e-2).state_dict()
+    model = mlp()
+    optimizer = fallow.SaRA(model, fraction=0.3, lr=1e-2, row_chunk=7, include=r"^0\.")
+    optimizer.load_state_dict(saved)
+    train(model, optimizer, range(1))
+    assert optimizer.dense_gradients == ["2.weight", "4.weight"]
+
+
+def test_lion_keeps_no_masters_and_may_act_in_the_backward_pass(mlp):
+    made = []
+    for options in ({}, {"in_backward": True}):
+        model = mlp()
+        optimizer = fallow.SaRA(model, fraction=0.3, lr=1e-3, rule=Lion, reselect_at=3, **options)
+        assert not any(slot.mastered for slot in optimizer.slots.values())
+        train(model, optimizer, range(6))
+        made.append(model)
+    close(*made, atol=0)
+
+
+def test_lbfgs_is_refused_by_name(mlp):
+    with pytest.raises(ConfigError, match="LBFGS evaluates the loss several times"):
+        fallow.SaRA(mlp(), fraction=0.3, lr=1e-3, rule=lambda groups: torch.optim.LBFGS(groups[0]["params"]))

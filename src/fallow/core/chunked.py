@@ -54,16 +54,12 @@ class RowBlocks:
         rows_of(row_chunk, torch.empty(1, 1))  # a mistake in it is told even where no layer is large enough
         self.layers: list[weakref.ref[nn.Module]] = []
         owner = {id(param): slot for slot in capture.slots for param in slot.params}
-        self._large = {
-            slot.name
-            for slot in capture.slots
-            if slot.weight.ndim > 1 and rows_of(row_chunk, slot.weight) < slot.weight.shape[0]
-        }
         self._routed: set[str] = set()
-        self._capture = capture
+        self._capture, self._row_chunk = capture, row_chunk
+        large = self._large()
         for module in model.modules():
             slot = owner.get(id(module._parameters.get("weight")))
-            if slot is None or slot.name not in self._large or not _stock(module):
+            if slot is None or slot.name not in large or not _stock(module):
                 continue
             self._routed.add(slot.name)
             _ROUTES[module] = _Route(slot, capture, rows_of(row_chunk, slot.weight))
@@ -73,7 +69,13 @@ class RowBlocks:
     @property
     def dense(self) -> list[str]:
         """The weights larger than a block whose whole gradient is made all the same, as far as is known by now."""
-        return sorted(self._large - self._routed | (self._large & self._capture.whole))
+        large = self._large()
+        return sorted(large - self._routed | (large & self._capture.whole))
+
+    def _large(self) -> set[str]:
+        """The names of the weights larger than a block; a loaded state may bring others than there were at first."""
+        weights = {slot.name: slot.weight for slot in self._capture.slots}
+        return {n for n, w in weights.items() if w.ndim > 1 and rows_of(self._row_chunk, w) < w.shape[0]}
 
     def close(self) -> None:
         """Compute gradients as before."""
@@ -148,6 +150,8 @@ class _Chunked(nn.Module):
         if torch.is_autocast_enabled(kind) and x.is_floating_point():
             dtype = torch.get_autocast_dtype(kind)
             x = x.to(dtype) if x.dtype != torch.float64 else x
+        elif x.dtype != weight.dtype:
+            return plain(x)  # which tells the mistake
         if isinstance(self, nn.Linear):
             return _Linear.apply(x, weight, self.bias, route)
         return _convolve(self, x, route)

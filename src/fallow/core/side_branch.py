@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fallow.core.coding import PackedIndex
 from fallow.core.compact import Form, Slot
 from fallow.core.select import Target
 from fallow.core.stored_weight import Store, StoredWeight
@@ -24,6 +25,8 @@ class SideSlot(Slot):
     """The chosen entries of one stored weight; `index` is shared with it."""
 
     def __init__(self, target: Target, index: Tensor, form: Form = "value", hollow: bool = False) -> None:
+        former = cast(StoredWeight, target.weight).store.index
+        self._builds_on = former is not None and former.size > 0  # an earlier training or adapter, which stays
         super().__init__(target, index, form, hollow)
         self._share()
 
@@ -33,8 +36,8 @@ class SideSlot(Slot):
 
     @property
     def base(self) -> Tensor:
-        """(n,) what the code says, on the weight's device."""
-        if self.form == "delta":  # needed in each step, so it is kept
+        """(n,) the first values, on the weight's device: what the code says, unless other entries came before these."""
+        if self.form == "delta" or self._builds_on:  # in the form "delta" needed in each step, so kept
             return super().base
         return self.stored.read(self.index, self.weight.dtype, trained=False)
 
@@ -44,9 +47,14 @@ class SideSlot(Slot):
 
     @torch.no_grad()
     def _share(self) -> None:
-        """Let the weight keep exactly the slot's entries apart, and drop first values that the code gives."""
-        self.stored.keep(self._index, self.weight.dtype)
-        if self.form == "value":
+        """Let the weight keep the slot's entries apart, with those that were there before, and drop first values that
+        the code gives.
+        """
+        index = self._index
+        if self._builds_on and (former := self.stored.index) is not None:
+            index = PackedIndex(torch.cat([former.decode(), index.decode()]).unique(), index.numel)
+        self.stored.keep(index, self.weight.dtype)
+        if self.form == "value" and not self._builds_on:
             self._base = self._base.new_empty(0)
 
 

@@ -88,10 +88,13 @@ class Store:
 
     def read(self, index: Tensor, dtype: torch.dtype, trained: bool = True) -> Tensor:
         """(k,) the entries at sorted flat indices."""
-        if trained and self.index is not None and self.values is not None and index.numel() == self.index.size:
+        if trained and self.index is not None and self.values is not None and index.numel() <= self.index.size:
             own = self.index.decode()
-            if own.dtype == index.dtype and torch.equal(own, index):
+            if own.numel() == index.numel() and own.dtype == index.dtype and torch.equal(own, index):
                 return self.values.to(dtype, copy=True)
+            at = torch.searchsorted(own, index.to(own.dtype)).clamp_(max=max(own.numel() - 1, 0))
+            if own.numel() and torch.equal(own[at], index.to(own.dtype)):  # some of them, as after a re-selection
+                return self.values.index_select(0, at).to(dtype)
         return self.dense(dtype, trained).view(-1).index_select(0, index)
 
     def place(self, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,8 @@ import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fallow.core.compact import Slot
+from fallow.core.errors import ConfigError
+from fallow.core.lion import Lion
 from fallow.core.states8bit import AdamW8bit
 
 PART = {"cpu": 1 << 20}  # entries that are materialised at once: what stays in a core's cache
@@ -21,7 +23,7 @@ PART_ON_ACCELERATOR = 1 << 22  # there launches cost more than memory
 PER_TENSOR: set[type[torch.optim.Optimizer]] = {
     torch.optim.AdamW, torch.optim.Adam, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam, torch.optim.SGD,
     torch.optim.RMSprop, torch.optim.Rprop, torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.ASGD,
-    torch.optim.Adafactor, AdamW8bit,
+    torch.optim.Adafactor, AdamW8bit, Lion,
 }  # fmt: skip
 
 
@@ -29,6 +31,11 @@ class Update:
     """The steps of one rule over the proxies of slots."""
 
     def __init__(self, rule: torch.optim.Optimizer) -> None:
+        if isinstance(rule, torch.optim.LBFGS):
+            raise ConfigError(
+                "LBFGS evaluates the loss several times within a step, at values that must be in the weights by then; "
+                "take AdamW or another rule of torch.optim"
+            )
         self.rule = rule
 
     @property
