@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -160,6 +159,8 @@ class Diffusion:
 
     def __init__(self, scheduler: Any, prediction: Prediction | None = None) -> None:
         changed = {} if prediction is None else {"prediction_type": prediction}
+        from diffusers import DDPMScheduler  # here, since it takes seconds that no --help should wait
+
         self.scheduler = DDPMScheduler.from_config(scheduler.config, **changed)
         self.prediction: Prediction = self.scheduler.config.prediction_type
         self.steps = int(self.scheduler.config.num_train_timesteps)
@@ -202,6 +203,8 @@ def zero_terminal(scheduler: Any) -> Any:
             "(epsilon); train a model of v_prediction, or say so with prediction=v_prediction"
         )
     able = "rescale_betas_zero_snr" in inspect.signature(type(scheduler).__init__).parameters
+    from diffusers import DDIMScheduler
+
     cls = type(scheduler) if able else DDIMScheduler
     return cls.from_config(config, rescale_betas_zero_snr=True, timestep_spacing="trailing")
 
