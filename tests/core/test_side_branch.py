@@ -7,7 +7,7 @@ from torch import nn
 import fallow
 from fallow.analysis.memory import LiveBytes
 from fallow.core.compact import gather
-from fallow.core.errors import SelectionError
+from fallow.core.errors import AdapterError, SelectionError
 from fallow.core.files import read_tensors
 from fallow.core.quantized import quantize_, stored
 from fallow.core.select import Selection, eligible, magnitude
@@ -241,3 +241,17 @@ def test_a_second_optimizer_goes_on_from_what_the_first_has_trained(trained, met
     state = second.state_dict()
     second.load_state_dict(state)
     assert torch.equal(model(batch()), moved)
+
+
+def test_an_adapter_trained_upon_another_is_refused_where_that_is_missing(trained, tmp_path):
+    model, first = trained
+    first.close()
+    second = fallow.SaRA(model, fraction=0.05, lr=1e-2)
+    train(model, second, 2)
+    second.save(tmp_path / "upon.safetensors")
+    reached = model(batch()).detach()
+    second.load(tmp_path / "upon.safetensors")  # onto what it was trained on
+    torch.testing.assert_close(model(batch()), reached, rtol=0, atol=1e-5)
+    fresh = network(quantised="nf4")
+    with pytest.raises(AdapterError, match="base"):
+        fallow.Adapters(fresh).add("upon", tmp_path / "upon.safetensors")

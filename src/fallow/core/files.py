@@ -352,8 +352,8 @@ def fingerprint(tensor: Tensor) -> str:
     was trained in half precision on the float32 original. Shape and dtype are not part of it. Reads the tensor once for
     each; about a second per 10^8 entries.
     """
-    if isinstance(tensor, StoredWeight) and tensor.store.fingerprint:
-        return tensor.store.fingerprint  # of what was quantised
+    if isinstance(tensor, StoredWeight) and (known := tensor.store.known_as):
+        return known  # of what was quantised
     return ",".join(f"{name}:{_digest(tensor, dtype)}" for name, dtype in PRECISIONS.items())
 
 
@@ -363,9 +363,9 @@ def matches(print_of_base: str, tensor: Tensor, trained_in: torch.dtype | None =
     own = tensor.dtype if tensor.dtype in PRECISIONS.values() else torch.float32
     names = {dtype: name for name, dtype in PRECISIONS.items()}
     candidates = [own] if trained_in not in (torch.float16, torch.bfloat16) else [own, trained_in]
-    if isinstance(tensor, StoredWeight) and tensor.store.fingerprint:  # of what was quantised
-        known = set(tensor.store.fingerprint.split(","))
-        return any(f"{name}:{parts.get(name)}" in known for name in (names[dtype] for dtype in candidates))
+    if isinstance(tensor, StoredWeight) and (known := tensor.store.known_as):  # of what was quantised
+        every = set(known.split(","))
+        return any(f"{name}:{parts.get(name)}" in every for name in (names[dtype] for dtype in candidates))
     return any(parts.get(names[dtype]) == _digest(tensor, dtype) for dtype in dict.fromkeys(candidates))
 
 

@@ -55,6 +55,16 @@ class Store:
         own = 0 if self.index is None or self.values is None else self.index.nbytes + self.values.nbytes
         return sum(part.nbytes for part in code.values()) + own
 
+    @property
+    def known_as(self) -> str:
+        """The fingerprint of the weight before it was coded; "" where it is not known, or trained entries differ from
+        the code, which makes it another base.
+        """
+        if self.fingerprint and self.index is not None and self.values is not None:
+            plain = self.read(self.index.decode(), self.values.dtype, trained=False)
+            return self.fingerprint if torch.equal(plain, self.values) else ""
+        return self.fingerprint
+
     def fetch(self) -> Parts:
         """The code on the device; brought for this use alone where it waits in host memory."""
         if self.parts is not None:
