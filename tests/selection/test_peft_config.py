@@ -157,6 +157,18 @@ def test_frozen_entries_keep_still_though_momentum_and_decay_move_them_and_survi
     assert torch.equal(fresh(x), peft(x))
 
 
+def test_the_places_of_what_a_re_selection_left_are_found_once(mlp):
+    peft = sara(mlp(), fraction=0.3, reselect_at=[2])
+    entries = [layer.fallow_delta["default"] for layer in layers(peft).values()]
+    assert all(one.trained is None for one in entries)
+    for one in entries:
+        one.freeze(torch.arange(one.values.numel()) % 3 == 0)
+        assert one.trained is one.trained
+        assert one.trained.tolist() == list(range(0, one.values.numel(), 3))
+        one.freeze(torch.arange(one.values.numel()) % 2 == 0)
+        assert one.trained.tolist() == list(range(0, one.values.numel(), 6))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_adapter_gives_equal_outputs_on_a_fresh_base_without_a_second_choice(mlp, tmp_path, dtype, monkeypatch):
     peft, x = moved(sara(mlp(dtype))), torch.randn(4, 80, dtype=dtype)

@@ -53,6 +53,7 @@ class Entries(Delta):
         self.register_buffer("held", None, persistent=False)
         self.check_base = check_base
         self._bound: tuple[Tensor, int] | None = None
+        self._trained: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
     def awaiting(count: int, weight: Tensor, check_base: bool, reselects: bool) -> Entries:
@@ -104,6 +105,17 @@ class Entries(Delta):
             assert self.live is not None
             values.data.copy_(torch.where(self.live, values, self.held))
         return values if scale == 1 else scale * values
+
+    @property
+    def trained(self) -> Tensor | None:
+        """(j,) places of the entries trained now, None where all are; found once for each re-selection, as a device
+        makes one wait for it.
+        """
+        if self.live is None or self.held is None:
+            return None
+        if self._trained is None or self._trained[0] is not self.held:
+            self._trained = (self.held, self.live.nonzero().view(-1))
+        return self._trained[1]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.change()

@@ -34,9 +34,8 @@ class _Part:
 
     def __init__(self, weight: nn.Parameter, entries: Entries) -> None:
         self.weight, self.entries, self.precision = weight, entries, precision(weight)
-        self.proxy, self.live = entries.values, None
-        if entries.live is not None and entries.held is not None:
-            self.live = entries.live.nonzero().view(-1)
+        self.proxy, self.live = entries.values, entries.trained
+        if self.live is not None:
             self.proxy = nn.Parameter(entries.values.detach().index_select(0, self.live))
             if entries.values.grad is not None:
                 self.proxy.grad = entries.values.grad.index_select(0, self.live)
