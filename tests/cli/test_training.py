@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fallow.cli import app
+from fallow.cli import app, training
 from fallow.recipes import compare as compare_module
 from fallow.recipes import text_to_image
 from fallow.recipes.text_to_image import Outcome
@@ -138,3 +138,12 @@ def test_a_comparison_is_shown_as_a_table_and_as_json(monkeypatch, tmp_path):
     told = json.loads(run("compare", "--json").stdout)
     assert told["folder"] == str(tmp_path)
     assert told["methods"][0]["frechet"] == 12.345
+
+
+def test_the_help_shows_every_setting_under_one_heading():
+    under = [name for names in training.HEADINGS.values() for name in names.split()]
+    assert sorted(under) == sorted(set(TrainConfig.model_fields) - {"options", "resume"})
+    shown = run("train", "--help").output
+    assert [line.split("─ ")[1].split(" ─")[0] for line in shown.splitlines() if "╭─ " in line] == [
+        "Options", training.OWN_ARGUMENTS, *training.HEADINGS
+    ]  # fmt: skip

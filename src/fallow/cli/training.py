@@ -22,6 +22,25 @@ TRAIN_EXAMPLE = (
     "Example: [bold]fallow train --data my-pictures --method sara --fraction 0.05 --steps 500[/]\n\n"
     "Pictures with captions in metadata.jsonl, or in a .txt beside each, or one --prompt for all."
 )
+OWN_ARGUMENTS = "The method's own arguments (each the same as --option KEY=VALUE)"
+# The headings of `fallow train --help`, each with its settings.
+HEADINGS = {
+    "Model, pictures, method": "model data concepts prompt method output seed device",
+    "Training": "lr lr_blocks optimizer optimizer_options steps batch_size accumulation schedule warmup max_grad_norm "
+    "train_text_encoder ema ema_decay",
+    "Pictures and clips": "resolution bucket flip frames",
+    "Captions": "caption_dropout shuffle_caption keep_tokens tag_dropout wildcards trigger_phrase caption_prefix "
+    "caption_suffix",
+    "Masks": "masks alpha_mask unmasked_weight normalize_masked_loss",
+    "Prior preservation": "class_data class_prompt class_images prior_weight",
+    "Validation": "validation validation_share validation_every validation_draws keep_best",
+    "Memory and speed": "precision gradient_checkpointing low_memory base_precision block_swap fused_step",
+    "Loss and noise": "loss huber_delta huber_schedule min_snr debiased_estimation noise_offset "
+    "multires_noise_iterations multires_noise_discount ip_noise_gamma timestep_min timestep_max zero_terminal_snr "
+    "prediction timestep_density timestep_weighting",
+    "Drawings, checkpoints, what the adapter says": "samples sample_prompts sample_every sample_steps guidance "
+    "save_every keep log_every metadata",
+}
 COMPARE_HELP = "Train several methods on the same pictures, each at its own learning rates, and judge them alike."
 COMPARE_EXAMPLE = "Example: [bold]fallow compare --methods sara,lora,full --seeds 0,1[/]"
 
@@ -54,9 +73,8 @@ def train_command() -> Any:
         metavar="KEY=VALUE",
         help="An argument of the method's own; repeatable.",
     )
-    panel = "The method's own arguments (each the same as --option KEY=VALUE)"
     direct = [
-        flags.option(name, str | None, f"--{name}", help=help, metavar=metavar, panel=panel)
+        flags.option(name, str | None, f"--{name}", help=help, metavar=metavar, panel=OWN_ARGUMENTS)
         for name, metavar, help in (
             ("fraction", "<float>", "Share of the entries to train, above 0 and at most 1."),
             ("threshold", "<float>", "Train the entries smaller than this."),
@@ -73,6 +91,7 @@ def train_command() -> Any:
         help=TRAIN_HELP,
         epilog=TRAIN_EXAMPLE,
         hidden=["options"],
+        panels={field: heading for heading, names in HEADINGS.items() for field in names.split()},
     )
 
 
