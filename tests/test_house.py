@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "fallow"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 LONGEST = 220
-LONGER = {"selection/selective.py": "the engine: one class, whose parts share its state"}
+LONGER = {"selection/selective.py": 510}  # the engine: one class, whose parts share its state
 VAGUE = re.compile(r"(^|_)(utils?|helpers?|misc|managers?|handlers?|common|stuff)(_|$)")
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b|raise NotImplementedError")
 OWN_PATHS = re.compile(r"(?<![\w.])/(work|root|home/\w+)/")
@@ -107,8 +107,8 @@ def test_every_declared_package_of_the_set_up_is_pinned_exactly():
 def test_method_files_are_short_enough_to_read_in_five_minutes():
     for path in tracked("src/fallow/selection/*.py", "src/fallow/objectives/*.py"):
         lines = len(path.read_text(encoding="utf-8").splitlines())
-        if str(path.relative_to(SOURCE)) not in LONGER:
-            assert lines <= LONGEST, f"{path.relative_to(ROOT)} has {lines} lines: move a part of it into core/"
+        longest = LONGER.get(path.relative_to(SOURCE).as_posix(), LONGEST)
+        assert lines <= longest, f"{path.relative_to(ROOT)} has {lines} lines, over {longest}: move a part into core/"
     assert all((SOURCE / name).exists() for name in LONGER)
 
 

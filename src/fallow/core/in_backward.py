@@ -8,7 +8,7 @@ there is no clipping, no accumulation and no loss scaling, and the rule must be 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -72,3 +72,23 @@ class InBackward:
         if self.drawn is None:
             self.drawn = {} if self.penalty is None else {s.name: s for s in self.penalty.draw(self.slots())}
         return self.drawn
+
+
+def check_in_backward(slots: Iterable[Slot], update: Update, ranks: int) -> None:
+    """ConfigError where updates in the backward pass would be wrong."""
+    slots = list(slots)
+    if ranks > 1 and any(slot.part is None for slot in slots):
+        raise ConfigError(
+            f"in_backward=True uses each gradient before the {ranks} processes could take its mean; give "
+            "in_backward=False, or shard the model with fully_shard"
+        )
+    if not update.per_tensor:
+        raise ConfigError(
+            f"in_backward=True needs a rule that treats each tensor by itself, which {type(update.rule).__name__} is "
+            "not known to do; take AdamW or another rule of torch.optim, or in_backward=False"
+        )
+    if several := [slot.name for slot in slots if len(slot.params) > 1]:
+        raise ConfigError(
+            f"in_backward=True cannot tell when the gradient of '{several[0]}' is complete: several Parameters "
+            "share its storage; tie the whole Parameter, or give in_backward=False"
+        )

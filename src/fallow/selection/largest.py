@@ -15,7 +15,8 @@ from typing import Literal
 from torch import nn
 
 from fallow.core.select import Amount, Patterns, Selection, Target, choose, magnitude
-from fallow.selection.selective import Rule, Selective
+from fallow.selection.rules import Rule
+from fallow.selection.selective import Selective
 
 
 def largest(targets: Sequence[Target], amount: Amount) -> Selection:

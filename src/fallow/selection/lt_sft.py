@@ -26,7 +26,8 @@ from fallow.core.errors import ConfigError, DataError, ModelError
 from fallow.core.probe import Loss, default_loss
 from fallow.core.select import Amount, Patterns, Selector, Target, choose, eligible
 from fallow.core.sharded import is_dtensor
-from fallow.selection.selective import Rule, Selective
+from fallow.selection.rules import Rule
+from fallow.selection.selective import Selective
 
 
 def most_moved(moved: dict[str, Tensor]) -> Selector:

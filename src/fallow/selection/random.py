@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fallow.core.select import Patterns, Selector, Target, choose, seeded
-from fallow.selection.selective import Rule, Selective
+from fallow.selection.rules import Rule
+from fallow.selection.selective import Selective
 
 
 def random(seed: int = 0) -> Selector:

@@ -37,7 +37,8 @@ from fallow.core.files import fingerprint
 from fallow.core.select import Amount, Patterns, Selection, Target, choose, index_dtype, magnitude, plain_name
 from fallow.core.sparse import Entry, SparseDelta
 from fallow.objectives.nuclear import Mode, NuclearNorm
-from fallow.selection.selective import Rule, Selective
+from fallow.selection.rules import Rule
+from fallow.selection.selective import Selective
 
 FRACTION = 0.05  # about the paper's main setting: 50 of the 860 million entries of Stable Diffusion 1.5
 

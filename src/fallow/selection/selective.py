@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -30,22 +30,28 @@ import torch
 from torch import Tensor, nn
 
 from fallow.core.chunked import RowBlocks
-from fallow.core.compact import Capture, Form, Slot, gather, release
+from fallow.core.compact import Capture, Form, Slot, release
 from fallow.core.distributed import Averaging, ignore_in_ddp, rank, ranks, refuse_wrapped, start_alike
-from fallow.core.errors import AdapterError, ConfigError, ModelError
-from fallow.core.files import fingerprint
-from fallow.core.in_backward import InBackward
+from fallow.core.errors import ConfigError, ModelError
+from fallow.core.in_backward import InBackward, check_in_backward
 from fallow.core.schedule import Schedule
 from fallow.core.select import Amount, Patterns, Selection, Selector, Target, checked, eligible, named_weights
-from fallow.core.sharded import gathered, scattered, summed, whole
+from fallow.core.sharded import summed
 from fallow.core.side_branch import kept_as, slot_of
-from fallow.core.sparse import Entry, SparseDelta
-from fallow.core.states8bit import AdamW8bit
+from fallow.core.sparse import SparseDelta
 from fallow.core.update import Update
-
-Groups = list[dict[str, Any]]
-Rule = Callable[[Groups], torch.optim.Optimizer]
-STATE_VERSION = 1
+from fallow.selection.resuming import (
+    STATE_VERSION,
+    by_proxy,
+    checked_state,
+    gathered_moments,
+    put_back,
+    scattered_moments,
+    several_groups,
+    tensors_of,
+)
+from fallow.selection.rules import Rule, check_moments, make_rule, narrow_moments
+from fallow.selection.showing import Showing
 
 
 class Penalty(Protocol):
@@ -130,18 +136,12 @@ class Selective(torch.optim.Optimizer):
             if target.name in selection.index
         )
         self.slots = {slot.name: slot for slot in made if slot.selected}
-        self._grouped = list(self.slots)  # the slots behind the proxies of param_groups, in order
-        self._shelf: dict[str, Tensor] | None = None  # the trained values, while the model shows others
-        self._scale = 1.0
-        self._prints: dict[str, str] = {}
+        self._showing = Showing(model, self.slots)
         if penalty is not None:
             penalty.check(list(self.slots.values()))
-        if state_bits not in (8, 32):
-            raise ConfigError(f"state_bits={state_bits!r} must be 8 or 32, the bits of each of AdamW's moments")
-        if state_bits == 8 and rule is not None:
-            raise ConfigError("state_bits=8 is about AdamW's moments; leave rule out, or give a rule of 8 bits alone")
-        self._state_bits = state_bits
-        self.rule = self._make_rule(rule, {"lr": rate, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        options = {"lr": rate, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        proxies = {name: slot.proxy for name, slot in self.slots.items()}
+        self.rule, self._grouped = make_rule(proxies, rule, options, state_bits)
         super().__init__(self.rule.param_groups, self.rule.defaults)
         self._follow_rule()
         self.metadata = {
@@ -151,7 +151,7 @@ class Selective(torch.optim.Optimizer):
         }  # fmt: skip
         trainable = [param for param in model.parameters() if param.requires_grad]
         if in_backward:
-            self._check_in_backward()
+            check_in_backward(self.slots.values(), self.update, ranks())
         self.capture = Capture(list(self.slots.values()))
         self.averaging = Averaging(model, self.capture)
         self.averaging.check()
@@ -171,7 +171,7 @@ class Selective(torch.optim.Optimizer):
                 return [] if (one := own()) is None else [one.slots[name] for name in one._grouped]
 
             def refusal() -> str:
-                return "" if (one := own()) is None else one._refusal()
+                return "" if (one := own()) is None else one._showing.refusal()
 
             self.in_backward = self.capture.consumer = InBackward(self.update, slots, penalty, refusal)
             self._step_supports_amp_scaling = True  # so that GradScaler leaves the refusal to step()
@@ -227,7 +227,7 @@ class Selective(torch.optim.Optimizer):
         """One update of the chosen entries; weights without a gradient are skipped, as AdamW does."""
         if not self._finalizer.alive:
             raise ConfigError("this optimizer was closed; make a new one to train on")
-        if reason := self._refusal():
+        if reason := self._showing.refusal():
             raise ConfigError(reason)
         if self.in_backward is not None and hasattr(self, "found_inf"):  # GradScaler's way of telling
             raise ConfigError(
@@ -320,9 +320,12 @@ class Selective(torch.optim.Optimizer):
         """
         if self.threshold is None:
             raise ConfigError("nothing to re-select by: the choice was not made by one threshold for the model")
-        self._check_moments()
+        if not self.reset_state:
+            check_moments(self.rule, {name: self.slots[name].proxy for name in self._grouped})
         step, of, bound = self.schedule.steps, self.live_parameters, self.threshold
-        kept = {name: (self._values(self.slots[name]).abs() < bound).nonzero().view(-1) for name in self._grouped}
+        kept = {
+            name: (self._showing.values(self.slots[name]).abs() < bound).nonzero().view(-1) for name in self._grouped
+        }
         sizes = {name: self.slots[name].over_ranks(index.numel()) for name, index in kept.items()}
         left = sum(sizes.values())
         self.events.append({"event": "reselect", "step": step, "kept": left, "of": of})
@@ -332,66 +335,27 @@ class Selective(torch.optim.Optimizer):
         for name, index in kept.items():
             slot, size = self.slots[name], self.slots[name].proxy.numel()
             slot.narrow(index.to(torch.int32) if size < 2**31 else index)
-            state = self.state.get(slot.proxy, {})
             if self.reset_state:
                 self.state.pop(slot.proxy, None)
-            elif isinstance(self.rule, AdamW8bit):
-                self.rule.narrow(slot.proxy, index)
             else:
-                state.update({key: value[index] for key, value in state.items() if _per_entry(value, size)})
+                narrow_moments(self.rule, slot.proxy, size, index)
             if sizes[name] == 0 and name in self.capture.handles:
                 self.capture.detach(slot)
         self.averaging.check()
 
     # -- the adapter in the model -------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def set_scale(self, scale: float) -> None:
         """Show the model as base + scale * change: 0 is the base bit for bit, 1 the trained weights bit for bit."""
-        if not abs(scale) < float("inf"):
-            raise ConfigError(f"scale={scale} must be a finite number; 0 is the base, 1 the trained weights")
-        if scale == 1 and self._shelf is None:
-            return
-        self._refresh()
-        shelf = self._shelf or {name: slot.read() for name, slot in self.slots.items()}
-        for name, slot in self.slots.items():
-            if scale == 1:
-                slot.write(shelf[name])
-            elif scale == 0:
-                slot.write(slot.base)
-            else:
-                slot.write(slot.base.to(slot.precision) + scale * self._moved(slot, shelf[name]))
-        self._scale, self._shelf = float(scale), None if scale == 1 else shelf
+        self._showing.set_scale(scale)
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> AbstractContextManager[None]:
         """Within the block the model is the base, bit for bit."""
-        scale = self._scale
-        self.set_scale(0.0)
-        try:
-            yield
-        finally:
-            self.set_scale(scale)
+        return self._showing.disabled()
 
     def delta(self, store: Literal["delta", "value"] = "delta", **metadata: Any) -> SparseDelta:
         """What training changed, as a sparse adapter: float32 changes, or the exact values in the weights' dtype."""
-        if store not in ("delta", "value"):
-            raise ConfigError(f"store={store!r} must be 'delta' (scales and merges) or 'value' (bit-exact)")
-        self._refresh()
-        self._fingerprint()
-        entries = {}
-        for name, slot in self.slots.items():
-            present = self._present(slot)
-            values = present if store == "value" else self._moved(slot, present)
-            index, values = gathered(slot.part, slot.index, values)
-            entries[name] = Entry(
-                index=index.clone(),
-                values=values,
-                shape=tuple(slot.weight.shape),
-                dtype=str(slot.weight.dtype).removeprefix("torch."),
-                fingerprint=self._prints[name],
-            )
-        return SparseDelta(entries, store, self.metadata | metadata)
+        return self._showing.delta(store, self.metadata | metadata)
 
     def save(self, path: str | PathLike[str], store: Literal["delta", "value"] = "delta", **metadata: Any) -> Path:
         """Write the adapter: `*.safetensors` gives one file, any other path an adapter directory.
@@ -409,40 +373,10 @@ class Selective(torch.optim.Optimizer):
         Entries of the file that this optimizer does not train are applied too and stay as they are. AdamW's moments
         start anew. Raises AdapterError where the file is broken or belongs to another base, unless forced.
         """
-        adapter = SparseDelta.load(Path(path))
-        with self.disabled():
-            adapter.check(self.model, force)
-            plan = list(self._plan(adapter))
-            self._shelf, self._scale = None, 1.0
-            for slot, index, base, values, live in plan:
-                change = values - base.to(slot.precision) if slot.form == "delta" else values
-                every = live.numel() == index.numel()  # then positions would cost memory and a gather in each step
-                slot.adopt(index, base, None if every else live, change.index_select(0, live), slot.selected)
-                slot.write(values)
-                self.slots.setdefault(slot.name, slot)
+        self._showing.take(SparseDelta.load(Path(path)), force, self._untrained)
         self.state.clear()
         self.averaging.check()
         self.set_scale(scale)
-
-    def _plan(self, adapter: SparseDelta) -> Iterator[tuple[Slot, Tensor, Tensor, Tensor, Tensor]]:
-        """(slot, index, base, values, live) of every weight after loading; read while the model shows the base."""
-        named = named_weights(self.model)
-        canonical = {id(param): name for name, slot in self.slots.items() for param in slot.params}
-        entries = {canonical.get(id(named[name]), name): entry for name, entry in adapter.entries.items()}
-        for name in dict.fromkeys((*self.slots, *entries)):
-            slot = self.slots.get(name) or _untrained(name, named[name], self.form, self.update.per_tensor)
-            trained, device = slot.trained, slot.weight.device
-            added = change = trained[:0]
-            if name in entries:
-                added, change = scattered(slot.part, entries[name].index.to(device), entries[name].values.to(device))
-                added, change = added.to(trained.dtype), change.to(slot.precision)
-            index = torch.cat([slot.index, added]).unique()
-            base = gather(slot.weight, index)
-            values = base.to(slot.precision, copy=True)  # base itself must stay
-            if name in entries:
-                at = torch.searchsorted(index, added)
-                values[at] = change if adapter.store == "value" else values[at] + change
-            yield slot, index, base, values, torch.searchsorted(index, trained, out_int32=True)
 
     # -- resuming -----------------------------------------------------------------------------------------------------
 
@@ -451,26 +385,11 @@ class Selective(torch.optim.Optimizer):
 
         Where weights are sharded every rank must call it, and each gets the state of the whole.
         """
-        self._refresh()
-        tensors = {}
-        for name, slot in self.slots.items():
-            index, base, weight = gathered(slot.part, slot.index, slot.base, self._present(slot))
-            trained, master = gathered(slot.part, slot.trained, slot.trained if slot.exact else slot.proxy.detach())
-            live = slot.live
-            tensors[name] = {
-                "shape": list(slot.weight.shape),
-                "index": index,
-                "base": base,
-                "live": None if live is None else torch.searchsorted(index, trained).to(live.dtype),
-                "selected": slot.selected,
-                "weight": weight,
-                "master": None if slot.exact else master,
-            }
         own = {
             "version": STATE_VERSION,
             "form": self.form,
             "rule": type(self.rule).__name__,
-            "tensors": tensors,
+            "tensors": tensors_of(self.slots, self._showing),
             "grouped": list(self._grouped),
             "threshold": self.threshold,
             "steps": self.schedule.steps,
@@ -479,7 +398,7 @@ class Selective(torch.optim.Optimizer):
             "penalty": self.penalty.state_dict() if self.penalty is not None else None,
         }
         state = self.rule.state_dict()
-        return {**state, "state": self._gathered(state["state"]), "selective": own}
+        return {**state, "state": gathered_moments(state["state"], by_proxy(self.slots, self.rule)), "selective": own}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -490,64 +409,26 @@ class Selective(torch.optim.Optimizer):
         """
         if not self._finalizer.alive:
             raise ConfigError("this optimizer was closed; make a new one to load a state into")
-        own = state_dict.get("selective")
-        if not isinstance(own, Mapping) or own.get("version") != STATE_VERSION:
-            raise AdapterError(
-                f"this is no state of a selective optimizer (version {STATE_VERSION}); its own state_dict() is needed"
-            )
-        if own["form"] != self.form:
-            raise AdapterError(f"the state holds entries in the form {own['form']!r}, this optimizer in {self.form!r}")
-        if (rule := own.get("rule", type(self.rule).__name__)) != type(self.rule).__name__:
-            raise AdapterError(
-                f"the state holds the moments of {rule}, this optimizer's rule is {type(self.rule).__name__}; give the "
-                "rule of the saved run"
-            )
         named = named_weights(self.model)
-        for name, held in own["tensors"].items():
-            if name not in named or list(named[name].shape) != held["shape"]:
-                raise AdapterError(f"the state trains '{name}' {held['shape']}, which this model lacks")
-            index = held["index"]
-            if not index.shape == held["base"].shape == held["weight"].shape or (
-                index.numel() and not 0 <= int(index[0]) <= int(index[-1]) < named[name].numel()
-            ):
-                raise AdapterError(f"the state is broken at '{name}': its indices do not fit; copy it again")
-        several = max(len(self.rule.param_groups), len(state_dict["param_groups"])) > 1
-        if several and list(own["grouped"]) != self._grouped:
-            raise AdapterError(
-                "the state trains other weights than this optimizer, and its rule has several groups; make it with the "
-                "amount, include, exclude and rule of the saved run"
-            )
+        own = checked_state(state_dict, self.form, self.rule, named, self._grouped)
         self.set_scale(0.0)
-        self._shelf, self._scale = None, 1.0
+        self._showing.settle()
         for slot in self.slots.values():
             if slot.name in self.capture.handles:
                 self.capture.detach(slot)
-        slots = {
-            name: self.slots.get(name) or _untrained(name, named[name], self.form, self.update.per_tensor)
-            for name in own["tensors"]
-        }
-        for name, slot in slots.items():
-            held = own["tensors"][name]
-            live, weight, master = held["live"], held["weight"], held["master"]
-            if master is None:
-                master = weight if live is None else weight.index_select(0, live)
-            if slot.part is not None:
-                trained = held["index"] if live is None else held["index"].index_select(0, live)
-                trained, master = scattered(slot.part, trained, master)
-                index, base, weight = scattered(slot.part, held["index"], held["base"], weight)
-                live = None if live is None else torch.searchsorted(index, trained)
-                held = {**held, "index": index, "base": base}
-            slot.adopt(held["index"], held["base"], live, master, held["selected"])
-            slot.write(weight.to(slot.weight.device))
-        self.slots, self._grouped = slots, list(own["grouped"])
+        slots = {name: self.slots.get(name) or self._untrained(name, named[name]) for name in own["tensors"]}
+        put_back(slots, own["tensors"])
+        self.slots.clear()
+        self.slots.update(slots)
+        self._grouped = list(own["grouped"])
         for name in self._grouped:
             if slots[name].count:
                 self.capture.attach(slots[name])
         self.capture.slots, self.capture.spent = list(slots.values()), False
-        if not several:
+        if not several_groups(self.rule, state_dict):
             self.rule.param_groups[0]["params"] = self._proxies()
         # A copy: torch would take over the very tensors and change them in the next step.
-        moments = self._scattered(state_dict["state"], own["tensors"])
+        moments = scattered_moments(state_dict["state"], by_proxy(self.slots, self.rule), own["tensors"])
         self.rule.load_state_dict(copy.deepcopy({"state": moments, "param_groups": state_dict["param_groups"]}))
         self._follow_rule()
         self.threshold, self.events = own["threshold"], [dict(event) for event in own["events"]]
@@ -556,36 +437,6 @@ class Selective(torch.optim.Optimizer):
         self.schedule.steps, self.schedule.total = own["steps"], own["total_steps"] or self.schedule.total
         if self.penalty is not None and own["penalty"] is not None:
             self.penalty.load_state_dict(own["penalty"])
-
-    def _scattered(self, state: Mapping[int, Any], tensors: Mapping[str, Any]) -> dict[int, Any]:
-        """The moments of the whole, cut to this rank's parts of sharded weights; those slots know their entries."""
-        found = dict(state)
-        for at, slot in enumerate(self._by_proxy()):
-            if slot.part is None or at not in state:
-                continue
-            live, index = tensors[slot.name]["live"], tensors[slot.name]["index"]
-            trained = index if live is None else index.index_select(0, live)
-            found[at] = {
-                key: scattered(slot.part, trained, value)[1] if _per_entry(value, trained.numel()) else value
-                for key, value in state[at].items()
-            }
-        return found
-
-    def _gathered(self, state: Mapping[int, Any]) -> dict[int, Any]:
-        """The rule's moments with those of sharded weights put together."""
-        found = dict(state)
-        for at, slot in enumerate(self._by_proxy()):
-            if slot.part is not None and at in state:
-                found[at] = {
-                    key: gathered(slot.part, slot.trained, value)[1] if _per_entry(value, slot.proxy.numel()) else value
-                    for key, value in state[at].items()
-                }
-        return found
-
-    def _by_proxy(self) -> list[Slot]:
-        """The slots in the order in which the rule's state numbers their proxies."""
-        slots = {id(slot.proxy): slot for slot in self.slots.values()}
-        return [slots[id(param)] for group in self.rule.param_groups for param in group["params"]]
 
     def close(self) -> None:
         """Remove the hooks and let the model's parameters require gradients as before; the trained weights stay."""
@@ -608,29 +459,6 @@ class Selective(torch.optim.Optimizer):
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
-    def _make_rule(self, rule: Rule | None, options: dict[str, Any]) -> torch.optim.Optimizer:
-        proxies = self._proxies()
-        if rule is not None:
-            if tuple(options["betas"]) != (0.9, 0.999) or options["eps"] != 1e-8:
-                raise ConfigError(
-                    f"betas={options['betas']} and eps={options['eps']} are AdamW's and would be ignored; give them to "
-                    "the rule, e.g. rule=lambda groups: torch.optim.Adam(groups, betas=(0.9, 0.99))"
-                )
-            group = {"params": proxies, "lr": options["lr"], "weight_decay": options["weight_decay"]}
-            made = rule([{**group, "names": list(self._grouped)}])
-            named = {id(proxy): name for proxy, name in zip(proxies, self._grouped, strict=True)}
-            self._grouped = [named[id(param)] for own in made.param_groups for param in own["params"]]
-            for own in made.param_groups:
-                own.pop("names", None)
-            return made
-        if self._state_bits == 8:
-            return AdamW8bit(proxies, **options)
-        fused = all(proxy.device.type in ("cpu", "cuda", "xpu", "mps") for proxy in proxies)
-        try:  # one fused kernel over all proxies where the device has it, else torch's own choice
-            return torch.optim.AdamW(proxies, **options, fused=fused or None)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"AdamW refuses its options: {error}") from error
-
     def _follow_rule(self) -> None:
         """Groups and moments are the rule's own, so schedulers that change ours change the rule's."""
         self.update = Update(self.rule)
@@ -638,44 +466,6 @@ class Selective(torch.optim.Optimizer):
             for slot in self.slots.values():
                 slot.hollow()
         self.param_groups, self.state = self.rule.param_groups, self.rule.state
-
-    def _refusal(self) -> str:
-        """Why the weights may not change now; empty where they may."""
-        if self._shelf is None:
-            return ""
-        return f"the model shows the adapter at scale {self._scale}; call set_scale(1.0) before training on"
-
-    def _check_moments(self) -> None:
-        """ConfigError where a foreign rule keeps moments that cannot be narrowed entry by entry."""
-        if self.reset_state or isinstance(self.rule, AdamW8bit):
-            return
-        for name in self._grouped:
-            proxy = self.slots[name].proxy
-            for key, value in self.state.get(proxy, {}).items():
-                blocked = isinstance(value, Tensor) and value.ndim > 0 and not _per_entry(value, proxy.numel())
-                if blocked or (isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter)):
-                    raise ConfigError(
-                        f"{type(self.rule).__name__} keeps '{key}' of '{name}' in another form than one number an "
-                        "entry, which a re-selection cannot narrow; give reset_state=True, or state_bits=8 in place of "
-                        "the rule"
-                    )
-
-    def _check_in_backward(self) -> None:
-        if ranks() > 1 and any(slot.part is None for slot in self.slots.values()):
-            raise ConfigError(
-                f"in_backward=True uses each gradient before the {ranks()} processes could take its mean; give "
-                "in_backward=False, or shard the model with fully_shard"
-            )
-        if not self.update.per_tensor:
-            raise ConfigError(
-                f"in_backward=True needs a rule that treats each tensor by itself, which {type(self.rule).__name__} is "
-                "not known to do; take AdamW or another rule of torch.optim, or in_backward=False"
-            )
-        if several := [slot.name for slot in self.slots.values() if len(slot.params) > 1]:
-            raise ConfigError(
-                f"in_backward=True cannot tell when the gradient of '{several[0]}' is complete: several Parameters "
-                "share its storage; tie the whole Parameter, or give in_backward=False"
-            )
 
     def _check_in_reach(self) -> None:
         """ModelError where no gradient can arrive any more, for which steps would change nothing and say nothing."""
@@ -692,41 +482,10 @@ class Selective(torch.optim.Optimizer):
                 "requires_grad_(False) or PEFT; do that first, then make the optimizer"
             )
 
-    def _refresh(self) -> None:
-        """Follow what others wrote into the weights, unless the model shows another scale."""
-        if self._shelf is None:
-            for slot in self.slots.values():
-                slot.refresh()
-
-    def _present(self, slot: Slot) -> Tensor:
-        """(n,) the trained values in the weight's dtype, whatever the model shows at the moment."""
-        return slot.read() if self._shelf is None else self._shelf[slot.name]
-
-    def _moved(self, slot: Slot, present: Tensor) -> Tensor:
-        """(n,) what training added to the first values, from the masters where there are some."""
-        moved = present.to(slot.precision) - slot.base.to(slot.precision)
-        if not slot.mastered:
-            return moved
-        change = slot.values() - slot.base_of_trained() if slot.form == "value" else slot.proxy.detach().clone()
-        live = slot.live
-        return change if live is None else moved.index_copy_(0, live.long(), change)
-
-    def _values(self, slot: Slot) -> Tensor:
-        """(k,) the trained values, whatever the model shows at the moment."""
-        if self._shelf is None or slot.mastered:
-            return slot.values()
-        present, live = self._shelf[slot.name], slot.live
-        return present if live is None else present.index_select(0, live)
-
-    def _fingerprint(self) -> None:
-        if missing := [name for name in self.slots if name not in self._prints]:
-            with self.disabled():
-                self._prints |= {name: fingerprint(whole(self.slots[name].weight.detach())) for name in missing}
-
-
-def _untrained(name: str, param: nn.Parameter, form: Form, hollow: bool) -> Slot:
-    empty = torch.zeros(0, dtype=torch.int32 if param.numel() < 2**31 else torch.int64, device=param.device)
-    return slot_of(Target((name,), (param,), ()), empty, form, hollow)
+    def _untrained(self, name: str, param: nn.Parameter) -> Slot:
+        """A slot of a weight that this optimizer did not choose, with no entry yet."""
+        empty = torch.zeros(0, dtype=torch.int32 if param.numel() < 2**31 else torch.int64, device=param.device)
+        return slot_of(Target((name,), (param,), ()), empty, self.form, self.update.per_tensor)
 
 
 def _let_go(
@@ -739,10 +498,6 @@ def _let_go(
     release(handles, trainable, restore)
     for undo in marks:
         undo()
-
-
-def _per_entry(value: Any, size: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size
 
 
 def _listed(patterns: Patterns) -> list[str] | None:

@@ -43,7 +43,8 @@ from fallow.core.select import (
 from fallow.core.sharded import part_of
 from fallow.selection.peft_shira import read_peft_shira
 from fallow.selection.random import random
-from fallow.selection.selective import Rule, Selective
+from fallow.selection.rules import Rule
+from fallow.selection.selective import Selective
 
 Mask = Literal["struct", "rand", "wm", "grad", "snip"]
 
