@@ -114,6 +114,9 @@ def test_trained_shares_are_summed_by_block_and_by_kind_of_layer(run):
         ("conv_norm_out.weight", "conv_norm_out", "norm"),
         ("text_model.encoder.layers.3.self_attn.k_proj.weight", "text_model", "self-attention"),
         ("bias", "bias", "other"),
+        ("unet.conv_in.weight", "unet.conv_in", "convolution"),
+        ("unet.mid_block.resnets.0.conv1.weight", "unet.mid_block.resnets.0", "convolution"),
+        ("text_encoder.encoder.layers.1.self_attn.k_proj.weight", "text_encoder.encoder.layers.1", "self-attention"),
     ],
 )
 def test_parameters_find_their_block_and_kind(name, block, kind):

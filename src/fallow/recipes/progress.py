@@ -123,7 +123,7 @@ class Watch:
     def advance(self, step: int, loss: float | None) -> None:
         now = time.monotonic()
         rate = (step - self.first) / max(now - self.began, 1e-9)
-        figures = f"{rate:.2f} steps/s, {self.memory / 1e6:.0f} MB"
+        figures = f"{rate:.2f} steps/s" + (f", {self.memory / 1e6:.0f} MB" if self.memory else "")
         if loss is not None:
             figures = f"loss {loss:.4f}, {figures}"
         if self.bar is not None:

@@ -105,8 +105,15 @@ def read_run(folder: str | Path) -> Run:
     return run
 
 
+# The parts of a pipeline that names begin with where more than one is trained.
+PARTS = r"unet|transformer|text_encoder(_\d+)?"
+
+
 def block_of(name: str) -> str:
-    """The block of the network a parameter belongs to: `down_blocks.0`, `transformer_blocks.11`, `conv_in`."""
+    """The block of the network a parameter belongs to: `down_blocks.0`, `conv_in`, `unet.conv_in` of several parts."""
+    part, dot, rest = name.partition(".")
+    if dot and re.fullmatch(PARTS, part):
+        return f"{part}.{block_of(rest)}"
     parts = name.split(".")
     for depth, part in enumerate(parts[1:], start=1):
         if part.isdigit():
@@ -147,7 +154,8 @@ def _grouped(where: dict[str, tuple[int, int]], group: Any) -> list[Share]:
 def _depth_order(part: Share) -> tuple[int, list[Any]]:
     """From the input to the output of a UNet; others by their numbers."""
     order = ("conv_in", "time_", "down_", "mid_", "up_", "conv_norm_out", "conv_out")
-    place = next((i for i, start in enumerate(order) if part.name.startswith(start)), len(order))
+    name = part.name.removeprefix("unet.")
+    place = next((i for i, start in enumerate(order) if name.startswith(start)), len(order))
     return place, [int(p) if p.isdigit() else -1 for p in part.name.split(".")]
 
 
