@@ -492,3 +492,60 @@ def test_lion_keeps_no_masters_and_may_act_in_the_backward_pass(mlp):
 def test_lbfgs_is_refused_by_name(mlp):
     with pytest.raises(ConfigError, match="LBFGS evaluates the loss several times"):
         fallow.SaRA(mlp(), fraction=0.3, lr=1e-3, rule=lambda groups: torch.optim.LBFGS(groups[0]["params"]))
+
+
+def test_a_state_loaded_in_the_middle_of_a_pass_begins_a_new_one_within_the_backward_pass(mlp):
+    model, reference = mlp(), mlp()
+    options = {"fraction": 0.5, "lr": 1e-2, "rank_weight": 5e-3, "in_backward": True}
+    optimizer, other = (fallow.SaRA(one, **options) for one in (model, reference))
+    train(model, optimizer, range(2))
+    train(reference, other, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    nn.functional.cross_entropy(model(batch(9)[0]), batch(9)[1]).backward()  # a pass that is given up
+    optimizer.load_state_dict(saved)
+    train(model, optimizer, range(2, 4))
+    train(reference, other, range(2, 4))
+    close(model, reference, atol=0)
+
+
+def test_processes_that_meet_after_the_optimizer_was_made_are_refused_within_the_backward_pass(mlp, monkeypatch):
+    model = mlp()
+    optimizer = fallow.SaRA(model, fraction=0.5, lr=1e-2, in_backward=True)
+    before = [param.detach().clone() for param in model.parameters()]
+    monkeypatch.setattr("fallow.core.in_backward.ranks", lambda: 2)
+    with pytest.raises(ConfigError, match="before the 2 processes could take its mean"):
+        nn.functional.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    optimizer.close()
+
+
+def test_masters_are_refused_while_the_model_shows_another_scale(mlp):
+    model = mlp()
+    optimizer = fallow.SaRA(model, fraction=0.5, lr=1e-2)
+    train(model, optimizer, range(2))
+    masters = optimizer.masters()
+    with optimizer.disabled():
+        with pytest.raises(ConfigError, match="scale 0"):
+            optimizer.masters()
+        with pytest.raises(ConfigError, match="scale 0"):
+            optimizer.put(masters)
+
+
+def test_two_optimizers_train_disjoint_weights_of_one_model(mlp):
+    model, alone = mlp(), mlp()
+    one = fallow.SaRA(model, fraction=0.3, lr=1e-2, include=r"^0\.")
+    model[2].weight.requires_grad_(True)
+    two = fallow.SHiRA(model, mask="wm", density=0.1, include=r"^2\.weight")
+    x, y = batch(0)
+    nn.functional.cross_entropy(model(x), y).backward()
+    one.step()
+    two.step()
+    single = fallow.SaRA(alone, fraction=0.3, lr=1e-2, include=r"^0\.")
+    train(alone, single, range(1))
+    torch.testing.assert_close(model[0].weight, alone[0].weight, rtol=0, atol=0)
+    assert not torch.equal(model[2].weight, alone[2].weight)
+    two.close()
+    assert model[0].weight.requires_grad
+    one.close()
+    assert model[0].weight.requires_grad
+    assert model[4].weight.requires_grad

@@ -356,8 +356,13 @@ class _Gather:
             self.capture.consumer(self.slot)
 
 
+def trained_by_another(param: nn.Parameter) -> bool:
+    """Whether a selective optimizer has entries of this weight in training already."""
+    return any(isinstance(hook, _Gather) for hook in (param._post_accumulate_grad_hooks or {}).values())
+
+
 def _refuse_a_second(name: str, param: nn.Parameter) -> None:
-    if any(isinstance(hook, _Gather) for hook in (param._post_accumulate_grad_hooks or {}).values()):
+    if trained_by_another(param):
         raise ModelError(f"'{name}' is already trained by another selective optimizer; call its close() first")
 
 

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from fallow.core.compact import Slot
+from fallow.core.distributed import ranks
 from fallow.core.errors import ConfigError
 from fallow.core.update import Update
 
@@ -42,6 +43,8 @@ class InBackward:
     def __call__(self, slot: Slot) -> None:
         if reason := self.refusal():
             raise ConfigError(reason)
+        if slot.part is None and ranks() > 1:  # which met after the optimizer was made
+            raise ConfigError(_untogether(ranks()))
         if slot.name in self.done:
             raise ConfigError(
                 f"'{slot.name}' got a second gradient before step(), after in_backward=True had used the first: under "
@@ -65,6 +68,10 @@ class InBackward:
                 self.penalty.add_to([slot])
                 self.update.apply([slot])
                 slot.proxy.grad = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Be ready for the next pass, whatever this one has come to."""
         self.done.clear()
         self.drawn = None
 
@@ -74,14 +81,18 @@ class InBackward:
         return self.drawn
 
 
-def check_in_backward(slots: Iterable[Slot], update: Update, ranks: int) -> None:
+def _untogether(count: int) -> str:
+    return (
+        f"in_backward=True uses each gradient before the {count} processes could take its mean; give "
+        "in_backward=False, or shard the model with fully_shard"
+    )
+
+
+def check_in_backward(slots: Iterable[Slot], update: Update) -> None:
     """ConfigError where updates in the backward pass would be wrong."""
     slots = list(slots)
-    if ranks > 1 and any(slot.part is None for slot in slots):
-        raise ConfigError(
-            f"in_backward=True uses each gradient before the {ranks} processes could take its mean; give "
-            "in_backward=False, or shard the model with fully_shard"
-        )
+    if ranks() > 1 and any(slot.part is None for slot in slots):
+        raise ConfigError(_untogether(ranks()))
     if not update.per_tensor:
         raise ConfigError(
             f"in_backward=True needs a rule that treats each tensor by itself, which {type(update.rule).__name__} is "

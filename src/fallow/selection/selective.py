@@ -30,8 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from fallow.core.chunked import RowBlocks
-from fallow.core.compact import Capture, Form, Slot, release
-from fallow.core.distributed import Averaging, ignore_in_ddp, rank, ranks, refuse_wrapped, start_alike
+from fallow.core.compact import Capture, Form, Slot, release, trained_by_another
+from fallow.core.distributed import Averaging, ignore_in_ddp, rank, refuse_wrapped, start_alike
 from fallow.core.errors import ConfigError, ModelError
 from fallow.core.in_backward import InBackward, check_in_backward
 from fallow.core.schedule import Schedule
@@ -149,9 +149,9 @@ class Selective(torch.optim.Optimizer):
             density, "r": r, "include": _listed(include), "exclude": _listed(exclude), "reselect_at": self.schedule.at,
             **kept_as(self.slots.values()), **(metadata or {}),
         }  # fmt: skip
-        trainable = [param for param in model.parameters() if param.requires_grad]
+        trainable = [param for param in model.parameters() if param.requires_grad and not trained_by_another(param)]
         if in_backward:
-            check_in_backward(self.slots.values(), self.update, ranks())
+            check_in_backward(self.slots.values(), self.update)
         self.capture = Capture(list(self.slots.values()))
         self.averaging = Averaging(model, self.capture)
         self.averaging.check()
@@ -260,10 +260,12 @@ class Selective(torch.optim.Optimizer):
 
     def masters(self) -> dict[str, Tensor]:
         """{name: (n,)} the exact values behind all entries chosen at first, for an average; float32 (or float64)."""
+        self._showing.check_trained_shown()
         return {name: slot.masters() for name, slot in self.slots.items()}
 
     def put(self, masters: Mapping[str, Tensor]) -> None:
         """Set what `masters()` gives and the weights with it, e.g. to an average."""
+        self._showing.check_trained_shown()
         for name, slot in self.slots.items():
             slot.put(masters[name])
 
@@ -413,6 +415,8 @@ class Selective(torch.optim.Optimizer):
         own = checked_state(state_dict, self.form, self.rule, named, self._grouped)
         self.set_scale(0.0)
         self._showing.settle()
+        if self.in_backward is not None:
+            self.in_backward.restart()
         for slot in self.slots.values():
             if slot.name in self.capture.handles:
                 self.capture.detach(slot)

@@ -125,6 +125,11 @@ class Showing:
         """What the model holds from now on is what is trained."""
         self.shelf, self.scale = None, 1.0
 
+    def check_trained_shown(self) -> None:
+        """ConfigError while the model shows anything but the trained weights."""
+        if reason := self.refusal():
+            raise ConfigError(reason)
+
     def refusal(self) -> str:
         """Why the weights may not change now; empty where they may."""
         if self.shelf is None:
