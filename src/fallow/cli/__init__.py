@@ -1,6 +1,7 @@
 """The command line: parse, call a recipe, show what came of it. Nothing is computed here.
 
-    fallow train | generate | evaluate | compare | methods | probe | doctor | adapter {info,merge,diff,combine}
+    fallow train | generate | evaluate | compare | methods | probe | doctor
+    fallow adapter info | merge | diff | combine | extract | resize | convert
 
 Nothing heavy is imported before a command runs: `fallow --help` answers at once. The flags of `train` and `compare` are
 the fields of their configurations, so their help is read only when one of the two is asked for.

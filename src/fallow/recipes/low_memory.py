@@ -169,10 +169,13 @@ def told(config: TrainConfig) -> str:
         estimate = estimated(config)
     except FallowError:  # of another family than the estimate knows; training says itself what it cannot do
         return ""
+    parts = (estimate.total, estimate.weights, estimate.others, estimate.state, estimate.passing)
+    total, weights, others, state, passing = (
+        f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB" for size in parts
+    )
     return (
-        f"memory: about {estimate.total / 1e9:.2f} GB ({estimate.weights / 1e9:.2f} of the network as {_kept(config)}, "
-        f"{estimate.others / 1e9:.2f} of other parts, {estimate.state / 1e9:.2f} of the method, "
-        f"{estimate.passing / 1e9:.2f} in a step), and what the device's own software takes"
+        f"memory: about {total} ({weights} of the network as {_kept(config)}, {others} of other parts, {state} of the "
+        f"method, {passing} in a step), and what the device's own software takes"
     )
 
 
