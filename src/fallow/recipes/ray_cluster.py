@@ -76,6 +76,7 @@ def _ray(address: str) -> Iterator[Any]:
         _answers(address)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anyone
+    os.environ.setdefault("RAY_worker_niceness", "0")  # the runs are what the machine is for; Ray would say 15
     try:
         ray.init(address=address, **told)
     except (ConnectionError, ValueError, RuntimeError) as error:
