@@ -215,6 +215,18 @@ def test_peft_scales_by_its_change_and_leaves_no_trace_of_peft(lora, unet):
     assert not one.training
 
 
+@pytest.mark.parametrize("settings", [{"bias": "a little"}, {"modules_to_save": "/etc/passwd"}, {"r": 0}])
+def test_settings_that_peft_refuses_half_way_leave_the_network_as_it_was(lora, unet, settings):
+    config = lora / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+    model = unet()
+    before, kinds = weights(model), [type(module) for module in model.modules()]
+    with pytest.raises(AdapterError):
+        apply_adapter(model, lora)
+    assert same(weights(model), before)
+    assert [type(module) for module in model.modules()] == kinds
+
+
 @pytest.mark.parametrize("store", ["delta", "value"])
 def test_sparse_changes_only_its_entries_and_values_come_back_exactly(store, unet, tmp_path):
     delta = sparse_delta(unet(), store=store)

@@ -212,6 +212,7 @@ class PeftChange:
             tensors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118
         refuse_not_finite(file, tensors)
         refuse_hostile(self.folder, read_config(self.folder), tensors)
+        children = [(module, dict(module._modules)) for module in network.modules()]
         wants_gradient = {name: p.requires_grad for name, p in network.named_parameters()}
         training = {name: module.training for name, module in network.named_modules()}
         hosted: Any = None
@@ -245,10 +246,14 @@ class PeftChange:
         finally:
             own = bare_parameters(network)
             for name, was in former.items():
-                own.get(name, held[name]).data.copy_(was)  # settings of a stranger's can wrap a layer twice
+                own.get(name, held[name]).data.copy_(was)
             if hosted is not None:
                 hosted.unload()
                 vars(network).pop("peft_config", None)  # what older versions of PEFT leave there
+            # A stranger's settings can wrap a layer twice, of which unload takes one away.
+            for module, inner in children:
+                module._modules.clear()
+                module._modules.update(inner)
             for name, parameter in network.named_parameters():
                 parameter.requires_grad_(wants_gradient[name])
             for name, module in network.named_modules():
