@@ -1,0 +1,77 @@
+"""One layer with one Delta, run by the engine without any host: what the tests of single methods need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fallow.core.delta import Delta, Site, make_options, method_of
+from fallow.core.engine import new_weight, run_deltas
+from fallow.core.views import view_of
+
+LAYERS = {
+    "linear": lambda: nn.Linear(12, 20),
+    "wide": lambda: nn.Linear(20, 12, bias=False),
+    "conv": lambda: nn.Conv2d(4, 8, 3, stride=2, padding=1),
+    "conv1d": lambda: nn.Conv1d(4, 8, 3, padding=1, padding_mode="circular"),
+    "grouped": lambda: nn.Conv2d(8, 12, 3, groups=2, padding=1),
+    "embedding": lambda: nn.Embedding(24, 12),
+}
+
+
+def inputs(layer: nn.Module, rows: int = 3) -> Tensor:
+    """A batch that the layer takes."""
+    if isinstance(layer, nn.Embedding):
+        return torch.randint(layer.num_embeddings, (rows, 5))
+    dtype = layer.weight.dtype
+    if isinstance(layer, nn.Linear):
+        return torch.randn(rows, 5, layer.in_features, dtype=dtype)
+    return torch.randn(rows, layer.in_channels, *[9] * (layer.weight.dim() - 2), dtype=dtype)
+
+
+class OneLayer(nn.Module):
+    """`layer` with the method on it. `y = OneLayer(layer, "lora", rank=2)(x)`; several share `common` if it is given."""
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        method: str | type[Delta],
+        *,
+        common: nn.Module | None = None,
+        context: Mapping[str, Any] | None = None,
+        name: str = "layer",
+        seed: int = 0,
+        fresh: bool = True,
+        **given: Any,
+    ) -> None:
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.view = view_of(layer)
+        self.common = nn.Module() if common is None else common
+        kind = method_of(method)
+        site = Site(name, self.view, lambda: layer.weight, self.common, context, seed, fresh)
+        self.delta = kind(site, make_options(kind, given))
+        self.scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        active = [(self.delta, self.scale)]
+        return run_deltas(layer, layer, "weight", self.view, lambda: layer.weight.data, active, x)
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """The (out, in) matrix with the Delta in it."""
+        return new_weight(self.view.read(self.layer.weight.data), [(self.delta, self.scale)])
+
+    @torch.no_grad()
+    def by_merged(self, x: Tensor) -> Tensor:
+        """What the layer gives with the merged weight in its place."""
+        kept = self.layer.weight.data
+        try:
+            self.layer.weight.data = self.view.write(self.merged(), kept).to(kept.dtype)
+            return self.layer(x)
+        finally:
+            self.layer.weight.data = kept
