@@ -33,7 +33,7 @@ def inputs(layer: nn.Module, rows: int = 3) -> Tensor:
 
 
 class OneLayer(nn.Module):
-    """`layer` with the method on it. `y = OneLayer(layer, "lora", rank=2)(x)`; several share `common` if it is given."""
+    """`layer` with the method on it: `OneLayer(layer, "lora", rank=2)(x)`. Several share `common` if it is given."""
 
     def __init__(
         self,

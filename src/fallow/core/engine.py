@@ -42,7 +42,7 @@ def run_deltas(
     that weight, dequantised.
     """
     if view.kind == "parameter":
-        return _in_place_of_parameter(base, layer, tensor, view, read, active, x, *args, **kwargs)
+        return _in_place_of_parameter(layer, tensor, view, read, active, (x, *args), kwargs)
     rewriting = False
     for delta, _ in active:
         if delta.mode == "weight":
@@ -83,19 +83,11 @@ def new_weight(w: Tensor, active: Active) -> Tensor:
 
 
 def _in_place_of_parameter(
-    base: Callable[..., Any],
-    layer: nn.Module,
-    tensor: str,
-    view: View,
-    read: Any,
-    active: Active,
-    *args: Any,
-    **kw: Any,
+    layer: nn.Module, tensor: str, view: View, read: Callable[[], Tensor], active: Active, args: Any, kwargs: Any
 ) -> Any:
     weight = read()
     changed = view.write(new_weight(view.read(weight), active), weight).to(weight.dtype)
-    del base
-    return functional_call(layer, {tensor: changed}, args, kw, tie_weights=False)
+    return functional_call(layer, {tensor: changed}, args, kwargs, tie_weights=False)
 
 
 # -- rewriting without a second weight --------------------------------------------------------------------------------
