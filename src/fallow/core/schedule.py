@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from torch import nn
 
@@ -80,10 +81,19 @@ class Schedule:
         return due
 
 
-_ATTACHED: weakref.WeakKeyDictionary[nn.Module, list[Schedule]] = weakref.WeakKeyDictionary()
+class Attached(Protocol):
+    """What can be attached to a model: a Schedule, or something else that counts steps."""
+
+    steps: int
+
+    def resolve(self, total: int) -> None: ...
+    def advance(self) -> bool: ...
 
 
-def attach(model: nn.Module, schedule: Schedule) -> None:
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, list[Attached]] = weakref.WeakKeyDictionary()
+
+
+def attach(model: nn.Module, schedule: Attached) -> None:
     """Let `step(model)` advance this schedule."""
     _ATTACHED.setdefault(model, []).append(schedule)
 
@@ -108,7 +118,7 @@ def resume(model: nn.Module, steps: int) -> None:
         schedule.steps = steps
 
 
-def _attached(model: nn.Module) -> list[Schedule]:
+def _attached(model: nn.Module) -> list[Attached]:
     """What is attached to the model, or to the one inside that PEFT, DDP or torch.compile has wrapped."""
     if not _ATTACHED:
         return []

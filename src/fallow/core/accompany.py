@@ -1,0 +1,131 @@
+"""What goes along with Deltas in a forward and in training, whichever host holds them.
+
+    with fallow.condition(model, quality=q): model(x)    values that Deltas read in this forward, as self.context
+    fallow.step(model) after optimizer.step()            calls on_step(step, total) of every Delta that is trained
+    fallow.penalty(model)                                the sum of their loss(), for those who add it themselves
+
+Unless told otherwise, the gradient of loss() is added right before `optimizer.step()` by torch's hook, so after
+unscaling and clipping, once per step whatever the accumulation; thus any Trainer or loop works unchanged.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from fallow.core import schedule
+from fallow.core.delta import Delta
+from fallow.core.errors import ConfigError
+
+Penalty = Literal["step", "manual"]
+_CONTEXTS: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
+_PENALISED: list[weakref.ref[Delta]] = []
+
+
+def context_of(model: nn.Module) -> dict[str, Any]:
+    """What the Deltas of this model read as `context`; one dictionary for as long as the model lives."""
+    return _CONTEXTS.setdefault(model, {})
+
+
+@contextmanager
+def condition(model: nn.Module, **values: Any) -> Iterator[None]:
+    """Give the Deltas of a model values for the forwards within, such as `quality=` or `timestep=`.
+
+    `model` may be wrapped by PEFT, DDP or torch.compile. ConfigError where it has no Delta to read them.
+    """
+    contexts = [context for module in model.modules() if (context := _CONTEXTS.get(module)) is not None]
+    if not contexts:
+        raise ConfigError(
+            f"{type(model).__name__} has no adapter that could read {', '.join(values)}; attach one first"
+        )
+    before = [dict(context) for context in contexts]
+    try:
+        for context in contexts:
+            context.update(values)
+        yield
+    finally:
+        for context, kept in zip(contexts, before, strict=True):
+            context.clear()
+            context.update(kept)
+
+
+class EachStep:
+    """Calls `on_step` of Deltas; to `fallow.step`, `fallow.Callback` and checkpoints it is a Schedule."""
+
+    def __init__(self, deltas: Iterable[Delta]) -> None:
+        self.deltas = [weakref.ref(delta) for delta in deltas]
+        self.steps, self.total = 0, None
+
+    total: int | None
+
+    def resolve(self, total: int) -> None:
+        self.total = total
+
+    def check(self) -> None:
+        """Nothing depends on the length of the run before it is known."""
+
+    def advance(self) -> bool:
+        self.steps += 1
+        for ref in self.deltas:
+            if (delta := ref()) is not None and trained(delta):
+                delta.on_step(self.steps, self.total)
+        return bool(self.deltas)
+
+
+def trained(delta: Delta) -> bool:
+    return any(param.requires_grad for param in delta.all_parameters())
+
+
+def accompany(model: nn.Module, deltas: Iterable[Delta], penalty: Penalty = "step") -> None:
+    """Let these Deltas, just made for `model`, have their steps and their penalty."""
+    deltas = list(deltas)
+    if stepping := [delta for delta in deltas if type(delta).on_step is not Delta.on_step]:
+        schedule.attach(model, EachStep(stepping))
+    if penalty == "step" and (penalised := [delta for delta in deltas if type(delta).loss is not Delta.loss]):
+        _PENALISED.extend(weakref.ref(delta) for delta in penalised)
+        _hook_all_optimizers()
+
+
+def penalty(model: nn.Module) -> Tensor:
+    """The sum of `loss()` over the trained Deltas of a model: a scalar, 0 where there is none.
+
+    For adapters made with `penalty="manual"`; added to the objective beside "step" it counts twice.
+    """
+    total = torch.zeros(())
+    for delta in model.modules():
+        if isinstance(delta, Delta) and trained(delta) and (term := delta.loss()) is not None:
+            total = total.to(term.device) + term
+    return total
+
+
+@cache
+def _hook_all_optimizers() -> None:
+    register_optimizer_step_pre_hook(_before_step)
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    _PENALISED[:] = [ref for ref in _PENALISED if ref() is not None]
+    held = {id(param) for group in optimizer.param_groups for param in group["params"] if param.grad is not None}
+    deltas = [delta for ref in _PENALISED if (delta := ref()) is not None]
+    deltas = [delta for delta in deltas if any(id(param) in held for param in delta.all_parameters())]
+    if not deltas:
+        return
+    scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer divides by it inside its step
+    params = list(dict.fromkeys(p for delta in deltas for p in delta.all_parameters() if p.requires_grad))
+    with torch.enable_grad():
+        terms = [term for delta in deltas if (term := delta.loss()) is not None and term.requires_grad]
+        if not terms:
+            return
+        grads = torch.autograd.grad(torch.stack(terms).sum(), params, allow_unused=True)
+    for param, grad in zip(params, grads, strict=True):
+        if grad is None:
+            continue
+        grad = grad if scale is None else grad * scale
+        param.grad = grad.to(param.dtype) if param.grad is None else param.grad.add_(grad)
