@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from fallow.core.errors import ConfigError, ModelError, nearest
+from fallow.core.factored import through
 from fallow.core.views import View
 
 Mode = Literal["add", "weight", "output"]
@@ -145,6 +146,7 @@ class Delta(nn.Module):
         self.has_inputs = self.view.kind != "embedding"
         drop = float(getattr(self.o, "dropout", 0.0) or 0.0)
         self.drop = drop if self.has_inputs and self.mode == "add" else 0.0
+        self.any_dtype = self.exact and type(self).delta_forward is Delta.delta_forward  # takes x as it came
 
     # -- what a method writes -----------------------------------------------------------------------------------------
 
@@ -165,7 +167,7 @@ class Delta(nn.Module):
         """D x, in the way of the layer. Dropout on x has been applied."""
         if self.exact and self.view.kind != "parameter":
             b, a = self.factors()
-            return self.view.up(self.view.down(x, a), b)
+            return through(self.view, x, a, b)
         return self.view.op(x, self.delta_weight())
 
     def transform(self, w: Tensor) -> Tensor:

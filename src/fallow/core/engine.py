@@ -68,7 +68,7 @@ def _input(delta: Delta, x: Tensor) -> Tensor:
         if delta.drop and delta.training:
             x = F.dropout(x, delta.drop)
         dtype = delta.dtype
-        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != dtype and not delta.any_dtype and not torch.is_autocast_enabled(x.device.type):
             return x.to(dtype)
     return x
 

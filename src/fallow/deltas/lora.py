@@ -1,0 +1,89 @@
+"""LoRA: a trained product of two thin matrices is added to each frozen matrix.
+
+"LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685; `scaling="rslora"`: "A Rank Stabilization
+Scaling Factor for Fine-Tuning with LoRA", arXiv 2312.03732.
+
+    W' = W + s B A      A (r, in), uniform in +-1 / sqrt(in); B (out, r), zero; s = alpha / r, or alpha / sqrt(r)
+
+An embedding starts the other way round, A zero and B normal, as the paper's code has it: a row of a table would
+otherwise start at 1 / sqrt(rows), which hardly learns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fallow.core.delta import Delta, MethodOptions, Site, fits_rank, number, one_of, whole
+from fallow.core.errors import ConfigError
+
+
+class LoRA(Delta):
+    name = "lora"
+
+    @dataclasses.dataclass(kw_only=True)
+    class Options(MethodOptions):
+        """`alpha`: None for the rank, so that s = 1 (sqrt(r) for "rslora"). `dropout`: on the layer's input. `scaling`:
+        "standard" alpha / rank, or "rslora" alpha / sqrt(rank), with which gradients keep their size at high ranks.
+        """
+
+        rank: int = 8
+        alpha: float | None = None
+        dropout: float = 0.0
+        scaling: str = "standard"
+
+        def check(self) -> None:
+            whole("rank", self.rank)
+            if self.alpha is not None:
+                number("alpha", self.alpha, open_below=True)
+            number("dropout", self.dropout, most=1.0)
+            if self.dropout == 1.0:
+                raise ConfigError("dropout=1.0 drops the whole input, so nothing is trained; give less than 1")
+            one_of("scaling", self.scaling, ("standard", "rslora"))
+
+    def setup(self, site: Site) -> None:
+        if site.fresh:  # files of other programs hold ranks above the layer's, which do no harm
+            fits_rank(site, self.o.rank)
+        a, b = self.start(self.o.rank)
+        self.A, self.B = nn.Parameter(a), nn.Parameter(b)
+
+    def start(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Fresh A (rank, in) and B (out, rank), whose product is zero."""
+        out, inner = self.view.shape
+        if self.view.kind == "embedding":
+            return torch.zeros(rank, inner), torch.randn(out, rank)
+        return torch.empty(rank, inner).uniform_(-1, 1) / math.sqrt(inner), torch.zeros(out, rank)
+
+    @property
+    def scaling(self) -> float:
+        """s"""
+        rank = self.A.shape[0]
+        alpha = rank if self.o.alpha is None else self.o.alpha
+        return float(alpha / (math.sqrt(rank) if self.o.scaling == "rslora" else rank))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        s = self.scaling
+        return self.B if s == 1.0 else self.B * s, self.A
+
+    @classmethod
+    def parameter_count(cls, shape: tuple[int, int], options: Any) -> int:
+        return int(options.rank) * (shape[0] + shape[1])
+
+    def importance(self) -> Tensor:
+        """The norm of each rank's part of D: s |B_k| |A_k|."""
+        return (self.scaling * self.B.norm(dim=0) * self.A.norm(dim=1)).detach()
+
+    @torch.no_grad()
+    def resize(self, rank: int) -> None:
+        """B takes up what the new rank changes in s, so that what is kept acts as before."""
+        whole("rank", rank)
+        keep = self.importance().topk(min(rank, self.A.shape[0])).indices.sort().values
+        before, (a, b) = self.scaling, self.start(max(0, rank - len(keep)))
+        kept_a, kept_b = self.A[keep], self.B[:, keep]
+        self.o = dataclasses.replace(self.o, rank=rank)
+        self.A = nn.Parameter(torch.cat([kept_a, a.to(kept_a)]), self.A.requires_grad)
+        self.B = nn.Parameter(torch.cat([kept_b * (before / self.scaling), b.to(kept_b)], 1), self.B.requires_grad)
