@@ -81,7 +81,11 @@ class Site:
 
     def generator(self, salt: str = "", shared: bool = False) -> torch.Generator:
         """For frozen random tensors: the same in every process. `shared`: also the same in every layer."""
-        return torch.Generator().manual_seed(self.seed + zlib.crc32((("" if shared else self.name) + salt).encode()))
+        return torch.Generator().manual_seed(self.key(salt, shared))
+
+    def key(self, salt: str = "", shared: bool = False) -> int:
+        """Of `fallow.core.noise`, likewise."""
+        return self.seed + zlib.crc32((("" if shared else self.name) + salt).encode())
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -108,6 +112,7 @@ class Delta(nn.Module):
     starts: ClassVar[str] = ""
     exact: ClassVar[bool] = False
     Options: ClassVar[type[MethodOptions]] = MethodOptions
+    context: Mapping[str, Any]  # values for a forward, set by `fallow.condition`
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -223,6 +228,17 @@ class Delta(nn.Module):
                 site.common.register_parameter(name, made)
             else:
                 site.common.register_buffer(name, made, persistent=saved)
+
+    def share_matrix(self, name: str, site: Site, shape: tuple[int, int], make: Callable[..., Tensor]) -> None:
+        """Let `self.shared(name)` be one frozen matrix for all layers, which slice it: of at least this shape, never in
+        the file. A layer that needs more has it made again by `make((rows, columns))`, whose values may depend on
+        their place only (`fallow.core.noise`): what the layers before have sliced stays as it was.
+        """
+        held = getattr(site.common, name, None)
+        wanted = shape if held is None else tuple(max(*sizes) for sizes in zip(shape, held.shape, strict=True))
+        if held is None or wanted != held.shape:
+            made = make(wanted).to(site.dtype if held is None else held.dtype)
+            site.common.register_buffer(name, made if held is None else made.to(held.device), persistent=False)
 
     def shared(self, name: str) -> Tensor:
         """Looked up at each use: hosts replace Parameters (casts, loading, sharding)."""
