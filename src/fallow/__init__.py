@@ -91,13 +91,21 @@ _HOME = {
     "to_sparse": "fallow.selection.peft_sparse",
 }
 after_import("peft", "fallow.selection.peft_config")
+after_import("peft", "fallow.deltas._peft")
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
+    if name in _configs():
+        return import_module("fallow.deltas._peft").CONFIGS[name]
     raise AttributeError(f"module 'fallow' has no attribute {name!r}")
 
 
+def _configs() -> set[str]:
+    """The names of the PEFT configs of all weight parameterizations, `LoRAConfig` and so on."""
+    return {f"{card.name}Config" for card in import_module("fallow.catalogue").methods() if "fallow.deltas." in card.home}
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_configs()})

@@ -25,13 +25,12 @@ from fallow.core.delta import Delta
 from fallow.core.errors import ConfigError
 
 Penalty = Literal["step", "manual"]
-_CONTEXTS: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
 _PENALISED: list[weakref.ref[Delta]] = []
 
 
 def context_of(model: nn.Module) -> dict[str, Any]:
-    """What the Deltas of this model read as `context`; one dictionary for as long as the model lives."""
-    return _CONTEXTS.setdefault(model, {})
+    """What the Deltas of this model read as `context`: the dictionary that those there already have."""
+    return next((delta.context for delta in model.modules() if isinstance(delta, Delta)), {})
 
 
 @contextmanager
@@ -40,18 +39,16 @@ def condition(model: nn.Module, **values: Any) -> Iterator[None]:
 
     `model` may be wrapped by PEFT, DDP or torch.compile. ConfigError where it has no Delta to read them.
     """
-    contexts = [context for module in model.modules() if (context := _CONTEXTS.get(module)) is not None]
+    contexts = {id(delta.context): delta.context for delta in model.modules() if isinstance(delta, Delta)}
     if not contexts:
-        raise ConfigError(
-            f"{type(model).__name__} has no adapter that could read {', '.join(values)}; attach one first"
-        )
-    before = [dict(context) for context in contexts]
+        raise ConfigError(f"{type(model).__name__} has no adapter to read {', '.join(values)}; attach one first")
+    before = [dict(context) for context in contexts.values()]
     try:
-        for context in contexts:
+        for context in contexts.values():
             context.update(values)
         yield
     finally:
-        for context, kept in zip(contexts, before, strict=True):
+        for context, kept in zip(contexts.values(), before, strict=True):
             context.clear()
             context.update(kept)
 
@@ -61,9 +58,8 @@ class EachStep:
 
     def __init__(self, deltas: Iterable[Delta]) -> None:
         self.deltas = [weakref.ref(delta) for delta in deltas]
-        self.steps, self.total = 0, None
-
-    total: int | None
+        self.steps = 0
+        self.total: int | None = None
 
     def resolve(self, total: int) -> None:
         self.total = total
@@ -125,7 +121,6 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
             return
         grads = torch.autograd.grad(torch.stack(terms).sum(), params, allow_unused=True)
     for param, grad in zip(params, grads, strict=True):
-        if grad is None:
-            continue
-        grad = grad if scale is None else grad * scale
-        param.grad = grad.to(param.dtype) if param.grad is None else param.grad.add_(grad)
+        if isinstance(grad, Tensor):  # None where no term needs the parameter
+            grad = grad if scale is None else grad * scale
+            param.grad = grad if param.grad is None else param.grad.add_(grad)

@@ -4,4 +4,5 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 for _module in iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")
+    if not _module.name.startswith("_"):  # what needs PEFT
+        import_module(f"{__name__}.{_module.name}")

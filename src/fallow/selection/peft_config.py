@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fallow.core.errors import AdapterError, ConfigError, SelectionError, nearest
-from fallow.core.peft_host import Delta, FallowConfig, Site, host
+from fallow.core.peft_host import FallowConfig, Hosted, Site, host
 from fallow.core.schedule import Schedule
 from fallow.core.select import Amount, Selection, Selector, Target, index_dtype
 from fallow.objectives.nuclear import Mode, NuclearNorm
@@ -55,7 +55,7 @@ class EntriesConfig(FallowConfig):
     def reselects(self) -> bool:
         return False
 
-    def make(self, model: nn.Module, sites: Sequence[Site]) -> dict[str, Delta]:
+    def make(self, model: nn.Module, sites: Sequence[Site]) -> dict[str, Hosted]:
         """The adapter's entries, chosen now, or (with `made`) as many as its file will bring."""
         for site in sites:
             if site.weight.is_meta and self.made is None:
@@ -93,7 +93,7 @@ class EntriesConfig(FallowConfig):
     def attach(self, model: nn.Module, sites: Mapping[str, Site], made: Mapping[str, Entries]) -> None:
         """Whatever accompanies training."""
 
-    def describing(self, deltas: Mapping[str, Delta]) -> EntriesConfig:
+    def describing(self, deltas: Mapping[str, nn.Module]) -> EntriesConfig:
         entries = {key: delta.values.numel() for key, delta in deltas.items() if isinstance(delta, Entries)}
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(EntriesConfig) if f.name != "method"}
         return EntriesConfig(**copy.copy(shared) | {"made": {"entries": entries, "threshold": None}})

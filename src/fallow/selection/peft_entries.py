@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fallow.core.compact import gather
 from fallow.core.errors import AdapterError, ModelError
 from fallow.core.files import fingerprint, matches
-from fallow.core.peft_host import Active, Delta
+from fallow.core.peft_host import Active, Hosted
 from fallow.selection.in_place import InPlace
 
 PRINTS = ("f32", "f16", "bf16")
@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 PRINT_BYTES = 8 * len(PRINTS) + 1
 
 
-class Entries(Delta):
+class Entries(Hosted):
     """`values` (k,) are added to the weight's entries at `index` (k,), sorted flat row-major.
 
     `base` (25,): fingerprint of the base's entries there, and the dtype of the training. `live` (k,): False for entries

@@ -22,39 +22,50 @@ if TYPE_CHECKING:
 NAME = "FALLOW"
 METHODS: dict[str, type[FallowConfig]] = {}
 
-Active = Sequence[tuple[Any, float]]  # Deltas with their scales, in the order in which they are active
+Active = Sequence[tuple[Any, float]]  # what acts in a layer with its scales, in the order in which it is active
 
 
 @dataclass(frozen=True)
 class Site:
-    """One weight that is to be adapted: `key`, the module's path, and every name that the weight has in the model."""
+    """One weight that is to be adapted: `key`, the module's path, and every name that the weight has in the model.
+
+    `tensor`: its name in its module. `layer`: what stands in its module's place. `common`: the module for what all
+    sites of the adapter share. `context`: values given for a forward.
+    """
 
     key: str
     names: tuple[str, ...]
     owners: tuple[nn.Module, ...]
     weight: nn.Parameter
+    tensor: str
+    layer: FallowLayer
+    common: nn.Module
+    context: dict[str, Any]
 
 
-class Delta(nn.Module):
-    """What one adapter is in one layer. Its tensors are flat: no submodules. Parameters are trained, buffers saved."""
+class Hosted(nn.Module):
+    """What one adapter is in one layer, where it is no `fallow.core.delta.Delta`.
+
+    Parameters are trained, buffers saved. Its tensors are flat: no submodules.
+    """
 
     kind: ClassVar[Any]  # made with a FallowLayer, it is its Kind
 
     @classmethod
-    def combined(cls, parts: Active) -> Delta:
-        """A new Delta that changes the weight by the sum of scale * change."""
+    def combined(cls, parts: Active) -> Hosted:
+        """A new one that changes the weight by the sum of scale * change."""
         raise ConfigError(f"{cls.__name__} cannot be added up; merge the adapters one after the other instead")
 
 
 class Kind(Protocol):
-    """How the Deltas of one sort act in one layer, whose `FallowLayer` it is made with."""
+    """How what is of one sort acts in one layer, whose `FallowLayer` it is made with."""
 
     def forward(self, layer: FallowLayer, active: Active, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """`call(*args, **kwargs)` with these Deltas acting; `layer` is the leader or one tied to it."""
+        """`call(*args, **kwargs)` with these acting; `layer` is the leader or one tied to it."""
         ...
 
     def weight(self, active: Active) -> Tensor:
-        """The weight with these Deltas, differentiable: for parents that read `child.weight` themselves."""
+        """The weight with these acting, differentiable: for parents that read `child.weight` themselves."""
         ...
 
     def settle(self, active: Active) -> None:
@@ -65,8 +76,8 @@ class Kind(Protocol):
         """Refuse to merge values that are not finite."""
         ...
 
-    def change(self, delta: Delta, scale: float) -> Tensor:
-        """What the Delta adds to the weight, in the weight's shape."""
+    def change(self, delta: Any, scale: float) -> Tensor:
+        """What it adds to the weight, in the weight's shape."""
         ...
 
     def suspect(self) -> None:
@@ -136,6 +147,7 @@ class FallowConfig(PeftConfig, metaclass=_ByMethod):
     seed: int = 0
     check_base: bool = True
     made: dict[str, Any] | None = None
+    in_place: ClassVar[bool] = True  # whether it writes into base weights, which must then be plain tensors
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,11 +160,11 @@ class FallowConfig(PeftConfig, metaclass=_ByMethod):
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ConfigError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform=")
 
-    def make(self, model: nn.Module, sites: Sequence[Site]) -> dict[str, Delta]:
-        """{site.key: Delta} of an adapter, chosen in one pass over all sites; sets `made`. Sites may be left out."""
+    def make(self, model: nn.Module, sites: Sequence[Site]) -> Mapping[str, nn.Module]:
+        """{site.key: Hosted or Delta} of an adapter, made in one pass over all sites; sets `made`. Some may be left."""
         raise ConfigError(f"{type(self).__name__} is of no method; give e.g. fallow.SaRAConfig")
 
-    def describing(self, deltas: Mapping[str, Delta]) -> FallowConfig:
+    def describing(self, deltas: Mapping[str, nn.Module]) -> FallowConfig:
         """A copy of this config whose `made` tells of these Deltas, by site; for adapters made of others."""
         raise ConfigError(f"{type(self).__name__} is of no method; give e.g. fallow.SaRAConfig")
 

@@ -11,27 +11,35 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fallow.core.delta import Delta
 from fallow.core.errors import ConfigError, ModelError
-from fallow.core.peft_host.contract import NAME, Active, Delta, Kind
+from fallow.core.peft_host.acting import Acting
+from fallow.core.peft_host.contract import NAME, Active, Kind
+from fallow.core.stored_weight import StoredWeight
 
 PREFIX = NAME.lower() + "_"  # transformers derives it in this way
 LINEAR = (nn.Linear, Conv1D)
 
 
-class FallowLayer(nn.Module, BaseTunerLayer):
-    """In the place of an adapted module. `leader`: the layer whose Deltas act here, where modules share a weight."""
+class Holder(BaseTunerLayer):
+    """What PEFT switches, freezes, saves and deletes."""
 
     adapter_layer_names = ("fallow_delta",)
+
+
+class FallowLayer(nn.Module, Holder):
+    """In the place of an adapted module. `leader`: the layer whose Deltas act here, where modules share a weight."""
+
     other_param_names = ("scaling",)
 
-    def __init__(self, base_layer: nn.Module, tensor: str) -> None:
+    def __init__(self, base_layer: nn.Module, tensor: str, backend: Any = None) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.fallow_delta = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self.tensor = tensor  # the name of the adapted Parameter in its module
-        self.quantization_backend = None
+        self.quantization_backend = backend
         self.kinds: dict[Any, Kind] = {}
         self._leader: list[FallowLayer] = []  # in a list, so that it is no submodule
         self._disable_adapters = False
@@ -52,24 +60,32 @@ class FallowLayer(nn.Module, BaseTunerLayer):
         """The base's own Parameter."""
         return cast(nn.Parameter, self.get_base_layer()._parameters[self.tensor])
 
-    def add(self, adapter_name: str, delta: Delta, trained: bool) -> None:
+    def add(self, adapter_name: str, delta: nn.Module, trained: bool) -> None:
         self.fallow_delta[adapter_name] = delta.requires_grad_(trained)
         self.scaling[adapter_name] = 1.0
-        if type(delta).kind not in self.kinds:
-            self.kinds[type(delta).kind] = type(delta).kind(self)
+        make = kind_of(delta)
+        if make not in self.kinds:
+            self.kinds[make] = make(self)
+            # Deltas rewrite, or add to, a base weight that shows what others have written into it: they come first,
+            # so innermost, in a forward.
+            self.kinds = dict(sorted(self.kinds.items(), key=lambda item: item[0] is not Acting))
 
-    def active(self, names: Sequence[str] | None = None) -> list[tuple[Delta, float]]:
-        names = self.active_adapters if names is None else names
-        held = cast(dict[str, Delta], self.fallow_delta)
+    def active(self, names: Sequence[str] | None = None) -> list[tuple[Any, float]]:
+        if names is None:
+            names = self._active_adapter if isinstance(self._active_adapter, list) else [self._active_adapter]
+        held = self.fallow_delta._modules
         return [(held[name], self.scaling[name]) for name in names if name in held]
 
     def by_kind(self, active: Active) -> Iterator[tuple[Kind, Active]]:
         for make, kind in self.kinds.items():
-            yield kind, [(delta, scale) for delta, scale in active if type(delta).kind is make]
+            yield kind, [(delta, scale) for delta, scale in active if kind_of(delta) is make]
 
     def settle(self, names: Sequence[str] = ()) -> None:
         """Leave the weight merged with these adapters; with none, it is the base bit for bit."""
-        for kind, members in self.by_kind(self.active(names)):
+        if len(self.kinds) > 1:
+            for kind in self.kinds.values():
+                kind.settle([])
+        for kind, members in reversed(list(self.by_kind(self.active(names)))):
             kind.settle(members)
 
     # -- running ------------------------------------------------------------------------------------------------------
@@ -79,17 +95,24 @@ class FallowLayer(nn.Module, BaseTunerLayer):
             return self._mixed(adapter_names, *args, **kwargs)
         if "_is_replica" in self.__dict__:  # whose weight is a copy that no adapter is written into
             raise ModelError("torch.nn.DataParallel cannot run this adapter; use DistributedDataParallel (torchrun)")
-        leader = self.leader
-        if leader.merged and leader.disable_adapters:
-            leader.unmerge()
-        if leader.merged:
+        leader = self._leader[0] if self._leader else self
+        if leader.merged_adapters:
+            if leader._disable_adapters:
+                leader.unmerge()
             return self.base_layer(*args, **kwargs)
-        return self._run([] if leader.disable_adapters else leader.active(), *args, **kwargs)
+        return self._run([] if leader._disable_adapters else leader.active(), *args, **kwargs)
 
     def _run(self, active: Active, *args: Any, **kwargs: Any) -> Any:
+        kinds = self.leader.kinds
+        if len(kinds) == 1:
+            (kind,) = kinds.values()
+            return kind.forward(self, active, self.base_layer, *args, **kwargs)
         call: Callable[..., Any] = self.base_layer
-        for kind, members in self.leader.by_kind(active):
-            call = partial(kind.forward, self, members, call)
+        members = list(self.leader.by_kind(active))
+        if all(acting for _, acting in members) and any(delta.mode == "weight" for delta, _ in members[0][1]):
+            raise ConfigError("an adapter that rewrites weights cannot be active beside one of chosen entries")
+        for kind, acting in members:
+            call = partial(kind.forward, self, acting, call)
         return call(*args, **kwargs)
 
     def _mixed(self, adapter_names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -106,10 +129,14 @@ class FallowLayer(nn.Module, BaseTunerLayer):
     def live(self) -> Tensor:
         """The weight that this layer runs with at present; what a parent gets that reads it."""
         leader = self.leader
-        active = [] if leader.merged or leader.disable_adapters else leader.active()
-        for kind, members in leader.by_kind(active):
-            if not leader.merged:
-                return kind.weight(members)
+        if leader.merged:
+            return self.parameter
+        members = list(leader.by_kind([] if leader.disable_adapters else leader.active()))
+        if len(members) > 1 and all(acting for _, acting in members):
+            raise ConfigError("chosen entries and another method cannot both act on a weight that its parent reads")
+        for kind, acting in members:
+            if acting or len(members) == 1:
+                return kind.weight(acting)
         return self.parameter
 
     @property
@@ -142,6 +169,15 @@ class FallowLayer(nn.Module, BaseTunerLayer):
         if adapter_name in self.fallow_delta and not self.parameter.is_meta:
             self.fallow_delta[adapter_name].to(device or self.parameter.device)
 
+    def read(self) -> Tensor:
+        """The base's weight, dequantised; not to be written to."""
+        if self.quantization_backend is not None:
+            return self.quantization_backend.get_base_weight(self.get_base_layer())
+        weight = self.parameter
+        if isinstance(weight, StoredWeight):
+            return weight.dense()
+        return weight.detach() if weight.requires_grad and not weight.is_leaf else weight
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.fallow_delta]
         if not names:
@@ -158,11 +194,12 @@ class FallowLayer(nn.Module, BaseTunerLayer):
         self.settle()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        delta = cast(Delta, self.fallow_delta[adapter])
-        return self.kinds[type(delta).kind].change(delta, self.scaling[adapter])
+        delta = self.fallow_delta[adapter]
+        return self.kinds[kind_of(delta)].change(delta, self.scaling[adapter])
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return isinstance(self.get_base_layer(), LINEAR)
+        delta = self.fallow_delta._modules.get(adapter_name)
+        return isinstance(self.get_base_layer(), LINEAR) and getattr(delta, "mergeable", True)
 
     def train(self, mode: bool = True) -> FallowLayer:
         for kind in self.kinds.values():
@@ -187,6 +224,19 @@ class FallowLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             self.settle()  # what is loaded is a base, and so must be what it is loaded onto
         super()._load_from_state_dict(*args, **kwargs)
+
+
+def kind_of(delta: Any) -> Any:
+    """What makes the Kind of a Hosted, or of a Delta."""
+    return Acting if isinstance(delta, Delta) else type(delta).kind
+
+
+class ParamWrapper(FallowLayer):
+    """For `target_parameters`: PEFT knows what wraps a parameter by the name of this class."""
+
+    @property
+    def parameter_name(self) -> str:
+        return self.tensor
 
 
 class FallowLinear(FallowLayer):

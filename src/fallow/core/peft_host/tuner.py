@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 
-from fallow.core.errors import ConfigError, ModelError, nearest
-from fallow.core.peft_host.contract import PEFT_TYPE, Delta, FallowConfig, Site
-from fallow.core.peft_host.layer import LINEAR, PREFIX, FallowLayer, FallowLinear
+from fallow.core.accompany import context_of
+from fallow.core.delta import number, one_of, whole
+from fallow.core.errors import AdapterError, ConfigError, ModelError, nearest
+from fallow.core.peft_host.contract import PEFT_TYPE, FallowConfig, Hosted, Site
+from fallow.core.peft_host.deltas import describe
+from fallow.core.peft_host.layer import LINEAR, PREFIX, FallowLayer, FallowLinear, Holder, ParamWrapper
+from fallow.core.peft_host.shared import SHARED, Shared
+from fallow.core.peft_host.weighted import DENSE, Combination, combined
 from fallow.core.select import WRITABLE
+from fallow.core.views import view_of
 
 LAYERS = (*LINEAR, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention)
 ALL = "all-layers"
@@ -25,24 +32,28 @@ class FallowModel(BaseTuner):
     """The tuner behind `get_peft_model`, `inject_adapter_in_model` and the `add_adapter` of transformers, diffusers."""
 
     prefix = PREFIX
-    tuner_layer_cls = FallowLayer
+    tuner_layer_cls = Holder
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # as PEFT declares it
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Wrap the targets, then make the adapter's Deltas for all of them at once; all or nothing."""
         config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        self._adapting = cast(FallowConfig, config)
         required = [(param, param.requires_grad) for param in model.parameters()]
         self._targets: dict[str, FallowLayer] = {}
         self._wrapped: list[tuple[nn.Module, str, nn.Module]] = []
         for layer in _layers(model):
             layer.settle(layer.merged_adapters)  # a choice is made by what the weights are without adapters
+        common = nn.Module()
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            sites = self._sites(model)
+            sites = self._sites(model, common)
             deltas = cast(FallowConfig, config).make(model, sites)
             trained = adapter_name in self.active_adapters and not config.inference_mode
             for key, delta in deltas.items():
                 self._targets[key].add(adapter_name, delta, trained)
+            if deltas:
+                Shared.put(model, adapter_name, common, trained, next(iter(sites)).layer)
         except Exception:  # whatever it was, the model is put back as it was and the error goes on
             for parent, name, child in reversed(self._wrapped):
                 setattr(parent, name, child)
@@ -72,13 +83,20 @@ class FallowModel(BaseTuner):
         **kwargs: Any,
     ) -> None:
         key = current_key.replace(".base_layer", "")
-        layer = target if isinstance(target, FallowLayer) else self._wrap(key, target, target_name, parent)
+        if parameter_name is not None:
+            key = key if key.endswith(f".{parameter_name}") else f"{key}.{parameter_name}"
+        layer = _around(target, parameter_name) or self._wrap(key, target, target_name, parent, parameter_name)
         self._targets[key] = layer.leader
 
-    def _wrap(self, key: str, target: nn.Module, name: str, parent: nn.Module) -> FallowLayer:
+    def _wrap(
+        self, key: str, target: nn.Module, name: str, parent: nn.Module, tensor: str | None = None
+    ) -> FallowLayer:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        tensor = _adaptable(key, base)
-        layer = (FallowLinear if isinstance(base, LINEAR) else FallowLayer)(target, tensor)
+        backend = resolve_quantization_backend(base, **get_quantization_kwargs(self))
+        tensor = _adaptable(key, base, tensor, self._adapting.in_place, backend is not None)
+        linear = isinstance(base, LINEAR) or (backend is not None and hasattr(base, "in_features"))
+        kind = FallowLinear if linear else FallowLayer if tensor == _tensor_of(base) else ParamWrapper
+        layer = kind(target, tensor, backend)
         layer._active_adapter = self.active_adapters
         if isinstance(parent, FallowLayer):  # a child of a wrapped attention block
             parent = parent.get_base_layer()
@@ -90,7 +108,7 @@ class FallowModel(BaseTuner):
         # PEFT's own also assigns weights to modules that come back unwrapped
         setattr(parent.get_base_layer() if isinstance(parent, FallowLayer) else parent, child_name, new_module)
 
-    def _sites(self, model: nn.Module) -> list[Site]:
+    def _sites(self, model: nn.Module, common: nn.Module) -> list[Site]:
         """The weights of the targets, each once. The first module that has a weight leads, the others follow it."""
         wanted = {_place(layer.parameter) for layer in self._targets.values()}
         self._targets = {}
@@ -104,23 +122,26 @@ class FallowModel(BaseTuner):
                 leader = found.setdefault(place, (key, layer, {}, {}))
                 if layer is not leader[1]:
                     layer.follow(leader[1])
-                leader[2][f"{key}.{name}"] = None
+                leader[2][key if key.endswith(f".{name}") else f"{key}.{name}"] = None
                 leader[3][id(module)] = module
         self._targets = {key: layer for key, layer, _, _ in found.values()}
+        context = context_of(model)
         return [
-            Site(key, tuple(names), tuple(owners.values()), layer.parameter)
+            Site(key, tuple(names), tuple(owners.values()), layer.parameter, layer.tensor, layer, common, context)
             for key, layer, names, owners in found.values()
         ]
 
     def _layer_at(self, model: nn.Module, path: str, module: nn.Module, name: str) -> tuple[str, FallowLayer]:
-        """The layer around the module at this path, wrapped now if it is not yet; and the path without wrappers."""
+        """The layer around the module's weight `name`, wrapped now if it is not yet; and its path without wrappers."""
         key = path.replace(".base_layer", "")
-        while path.endswith(".base_layer"):
-            path = path.removesuffix(".base_layer")
-            if isinstance(layer := model.get_submodule(path), FallowLayer):
+        key = key if name == _tensor_of(module) else f"{key}.{name}"
+        while True:
+            layer = model.get_submodule(path)
+            if isinstance(layer, FallowLayer) and layer.tensor == name:
                 return key, layer
-        if isinstance(layer := model.get_submodule(path), FallowLayer):  # wrapped a moment ago
-            return key, layer
+            if not path.endswith(".base_layer"):
+                break
+            path = path.removesuffix(".base_layer")
         if _tensor_of(module) != name:
             raise ModelError(f"'{key}.{name}' shares a weight that is to be adapted, in a way of its own; untie it")
         parent_path, _, child = path.rpartition(".")
@@ -149,14 +170,26 @@ class FallowModel(BaseTuner):
                 if merge:
                     layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
                 setattr(self.model.get_submodule(parent_path), child, layer.base_layer)
+        if hasattr(self.model, SHARED):
+            delattr(self.model, SHARED)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def add_weighted_adapter(
-        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "linear"
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: Combination = "linear",
+        svd_rank: int | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
     ) -> None:
-        """Add an adapter that changes the base by the sum of weight * change of others; it is not made active."""
-        if combination_type != "linear":
-            raise ConfigError(f"combination_type={combination_type!r} must be 'linear': a weighted sum of the changes")
+        """Add an adapter made of others, as `weighted.py` says; it is not made active. All or nothing.
+
+        ConfigError for adapters that do not exist or cannot be combined, and for impossible values. The relative error
+        of an approximation stands in its config: `model.peft_config[adapter_name].made["error"]`, the largest of all.
+        """
+        one_of("combination_type", combination_type, get_args(Combination))
         if len(adapters) != len(weights) or not adapters:
             raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights; give one weight for each")
         if adapter_name in self.peft_config:
@@ -164,17 +197,64 @@ class FallowModel(BaseTuner):
         for name in adapters:
             if name not in self.peft_config:
                 raise ConfigError(f"there is no adapter '{name}'{nearest(name, self.peft_config)}")
-        added: dict[str, Delta] = {}
+        if combination_type != "linear" and any(self.peft_config[name].in_place for name in adapters):
+            raise ConfigError(f"combination_type={combination_type!r} must be 'linear', the one sum of chosen entries")
+        if svd_rank is not None:
+            whole("svd_rank", svd_rank)
+        if combination_type in DENSE:
+            number("density", density, 0.0, 1.0, open_below=True)
+        told = (combination_type, svd_rank, density or 1.0, majority_sign_method)
+        added: dict[str, tuple[FallowLayer, nn.Module]] = {}
+        errors = [0.0]
         for path, layer in self.model.named_modules():
             if not isinstance(layer, FallowLayer):
                 continue
+            key = path.replace(".base_layer", "") + (f".{layer.tensor}" if isinstance(layer, ParamWrapper) else "")
             held = [(n, w) for n, w in zip(adapters, weights, strict=True) if n in layer.fallow_delta]
             parts = [(layer.fallow_delta[name], weight * layer.scaling[name]) for name, weight in held]
-            if parts:
-                delta = type(cast(Delta, parts[0][0])).combined(parts)
-                layer.add(adapter_name, delta, False)
-                added[path.replace(".base_layer", "")] = delta
-        self.peft_config[adapter_name] = cast(FallowConfig, self.peft_config[adapters[0]]).describing(added)
+            if parts and all(isinstance(part, Hosted) for part, _ in parts):
+                added[key] = layer, type(cast(Hosted, parts[0][0])).combined(parts)
+            elif parts:
+                made, error = combined(layer, key, parts, *told)
+                errors.append(error)
+                added[key] = layer, made
+        deltas = {key: delta for key, (_, delta) in added.items()}
+        config = cast(FallowConfig, self.peft_config[adapters[0]])
+        self.peft_config[adapter_name] = describe(config, deltas, max(errors))
+        for layer, delta in added.values():
+            layer.add(adapter_name, delta, False)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return key.replace(f".fallow_delta.{adapter_name}.", ".fallow_delta.", 1)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT's own, strict: AdapterError where a Delta's tensors are missing, misshapen, or those of another."""
+        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        if config.in_place:
+            return mapped
+        mark = f".fallow_delta.{adapter_name}."
+        wanted = {name: tensor for name, tensor in model.state_dict().items() if mark in f".{name}"}
+        given = {name: tensor for name, tensor in mapped.items() if ".fallow_delta." in f".{name}"}
+        if not wanted.keys() & given.keys():
+            raise AdapterError(
+                f"no tensor of the file fits this '{config.method}' adapter: it holds {_some(state_dict)}; the adapter "
+                f"has {_some(wanted)}"
+            )
+        if missing := wanted.keys() - given.keys():
+            raise AdapterError(f"the file lacks {_some(missing)} of the '{config.method}' adapter; copy it again")
+        if extra := given.keys() - wanted.keys():
+            raise AdapterError(f"the file holds {_some(extra)}, which this '{config.method}' adapter does not have")
+        for name, tensor in wanted.items():
+            if tensor.shape != given[name].shape:
+                raise AdapterError(
+                    f"'{name}' is {tuple(given[name].shape)} in the file and {tuple(tensor.shape)} in the model; give "
+                    "the base and the options that the adapter was trained with"
+                )
+        return mapped
 
     @contextmanager
     def _enable_peft_forward_hooks(
@@ -208,21 +288,37 @@ def _inside_an_adapter(name: str) -> bool:
     return any(part.startswith(PREFIX) for part in name.split("."))
 
 
-def _adaptable(key: str, module: nn.Module) -> str:
-    """The name of the module's weight; ModelError where it has none that can be written in place."""
-    tensor = _tensor_of(module)
+def _adaptable(key: str, module: nn.Module, tensor: str | None, in_place: bool, quantised: bool) -> str:
+    """The name of the module's weight; ModelError where it has none that the method can adapt."""
+    tensor = tensor or _tensor_of(module)
     param = module._parameters.get(tensor)
     kind = type(module).__name__
     if param is None:
         raise ModelError(f"'{key}' ({kind}) has no weight of its own to adapt; leave it out of target_modules")
-    if param.dtype not in WRITABLE or type(param.data) is not Tensor:
+    if in_place and (param.dtype not in WRITABLE or type(param.data) is not Tensor):
         raise ModelError(
             f"'{key}' ({kind}) is quantised or sharded ({param.dtype}, {type(param.data).__name__}); entries of its "
             "weight cannot be trained in place: load the base in float32, bfloat16 or float16"
         )
+    if not in_place:
+        if not quantised and not param.is_floating_point():
+            raise ModelError(f"'{key}' ({kind}) is of {param.dtype}, in no code that PEFT can read; exclude it")
+        view_of(module, tensor)
     if getattr(module, "max_norm", None) is not None:
         raise ModelError(f"'{key}' rewrites its own weight in each forward (max_norm={module.max_norm}); exclude it")
     return tensor
+
+
+def _around(target: nn.Module, parameter: str | None) -> FallowLayer | None:
+    """The layer of ours that is there for this module, or for this parameter of it, already."""
+    if isinstance(target, FallowLayer) and (parameter is None or target.tensor == parameter):
+        return target
+    return None
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _tensor_of(module: nn.Module) -> str:

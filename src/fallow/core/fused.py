@@ -1,0 +1,118 @@
+"""Several projections in one weight: a Delta of its own for each block of rows.
+
+Fused query, key and value are n blocks of one (out, in) matrix, a stack of experts (E, out, in) is E of them. Each
+block is a layer of fewer outputs to the method that is used; what it gives is put together again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fallow.core.delta import Delta, MethodOptions, Site
+from fallow.core.errors import ConfigError
+from fallow.core.views import View
+
+
+class _Rows(View):
+    """Rows of the matrix of another view."""
+
+    def __init__(self, whole: View, rows: int) -> None:
+        super().__init__(rows, whole.shape[1])
+        self.whole = whole
+        self.kind = whole.kind  # type: ignore[misc]
+        self.channels = whole.channels  # type: ignore[misc]
+        self.op, self.down, self.up, self.mix, self.scale = (  # type: ignore[method-assign]
+            whole.op, whole.down, whole.up, whole.mix, whole.scale,
+        )  # fmt: skip
+
+
+def _part(site: Site, rows: slice) -> Tensor:
+    return site.view.read(site._read())[rows]
+
+
+class Fused(Delta):
+    """`method` on each of the row blocks: `rows` of them of one size, or these sizes.
+
+    ConfigError where they do not add up to the layer's outputs, or the layer is a grouped convolution.
+    """
+
+    supports = ("linear", "conv", "parameter")
+
+    def __init__(self, site: Site, method: type[Delta], options: MethodOptions, rows: int | Sequence[int]) -> None:
+        out = site.shape[0]
+        sizes = [out // rows] * rows if isinstance(rows, int) and rows > 0 else rows
+        if isinstance(sizes, int) or sum(sizes) != out or min(sizes) < 1:
+            raise ConfigError(f"fused={rows!r} does not divide the {out} rows of '{site.name}'; give sizes that add up")
+        if getattr(site.view, "groups", 1) > 1:
+            raise ConfigError(f"fused={rows!r}: '{site.name}' is a grouped convolution, which has blocks already")
+        self.sizes, self.method, self.options = list(sizes), method, options
+        self.mode = method.mode  # type: ignore[misc]
+        self.exact = method.exact  # type: ignore[misc]
+        self.name = method.name  # type: ignore[misc]
+        super().__init__(site, options)
+
+    def setup(self, site: Site) -> None:
+        self.parts = nn.ModuleList()
+        start = 0
+        for number, size in enumerate(self.sizes):
+            rows = slice(start, start + size)
+            block = Site(
+                f"{site.name}.{number}",
+                _Rows(site.view, size),
+                partial(_part, site, rows),
+                site.common,
+                site.context,
+                site.seed,
+                site.fresh,
+            )
+            self.parts.append(self.method(block, self.options))
+            start += size
+
+    @property
+    def deltas(self) -> list[Delta]:
+        return cast("list[Delta]", list(self.parts))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.deltas[0].dtype
+
+    def delta_weight(self) -> Tensor:
+        return torch.cat([delta.delta_weight() for delta in self.deltas])
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        pairs = [delta.factors() for delta in self.deltas]
+        return torch.block_diag(*[b for b, _ in pairs]), torch.cat([a for _, a in pairs])
+
+    def delta_forward(self, x: Tensor) -> Tensor:
+        return torch.cat([delta.delta_forward(x) for delta in self.deltas], self.view.channels)
+
+    def transform(self, w: Tensor) -> Tensor:
+        if self.mode == "add":
+            return super().transform(w)
+        pairs = zip(self.deltas, w.split(self.sizes), strict=True)
+        return torch.cat([delta.transform(rows) for delta, rows in pairs])
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        pairs = zip(self.deltas, y.split(self.sizes, self.view.channels), strict=True)
+        return torch.cat([delta(x, rows) for delta, rows in pairs], self.view.channels)
+
+    def loss(self) -> Tensor | None:
+        terms = [term for delta in self.deltas if (term := delta.loss()) is not None]
+        return torch.stack(terms).sum() if terms else None
+
+    def on_step(self, step: int, total: int | None) -> None:
+        for delta in self.deltas:
+            delta.on_step(step, total)
+
+    @torch.no_grad()
+    def randomize(self) -> None:
+        for delta in self.deltas:
+            delta.randomize()
+
+    def all_parameters(self) -> list[Any]:
+        return list(dict.fromkeys(param for delta in self.deltas for param in delta.all_parameters()))

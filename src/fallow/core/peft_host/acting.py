@@ -1,0 +1,129 @@
+"""How Deltas act in a layer of PEFT's: by the engine; merged, by another weight in the place of the base's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fallow.core.delta import Delta
+from fallow.core.engine import new_weight, run_deltas
+from fallow.core.errors import AdapterError, ConfigError
+from fallow.core.stored_weight import StoredWeight
+from fallow.core.views import View, view_of
+
+if TYPE_CHECKING:
+    from fallow.core.peft_host.layer import FallowLayer
+
+Active = Sequence[tuple[Delta, float]]
+
+
+class Acting:
+    """The Deltas of a layer, and of those tied to it."""
+
+    def __init__(self, layer: FallowLayer) -> None:
+        self.layer = layer
+        self.view = view_of(layer.get_base_layer(), layer.tensor)
+        self.kept: tuple[nn.Parameter, Any] | None = None  # the base's Parameter and values, while others are merged
+
+    def forward(self, layer: FallowLayer, active: Active, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not active:
+            return call(*args, **kwargs)
+        base: Any = layer.base_layer
+        depth = ""
+        while hasattr(base, "base_layer"):  # another adapter around the same module
+            base, depth = base.base_layer, depth + "base_layer."
+        if layer is not self.layer and type(view := view_of(base, layer.tensor)) is not type(self.view):
+            return self._tied(layer, view, active, call, depth, *args, **kwargs)
+        if self.view.kind == "parameter":
+            base = layer.base_layer
+        elif not args:  # named by the caller, as Linear and the like name it
+            args = (kwargs.pop("input"),)
+        return run_deltas(call, base, depth + layer.tensor, self.view, layer.read, active, *args, **kwargs)
+
+    def _tied(
+        self, layer: FallowLayer, view: View, active: Active, call: Any, depth: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        """In a module that uses the weight in another way, such as a head tied to an embedding: Dᵀ = Aᵀ Bᵀ."""
+        if any(not delta.mergeable for delta, _ in active):
+            raise ConfigError(
+                f"'{active[0][0].name}' acts on inputs, which tied modules do not share; untie the weight"
+            )
+        if all(delta.exact for delta, _ in active) and view.kind == "linear":
+            y = call(*args, **kwargs)
+            for delta, scale in active:
+                b, a = delta.factors()
+                x = args[0].to(b.dtype)
+                y = y + (view.up(view.down(x, b.mT), a.mT) * scale).to(y.dtype)
+            return y
+        changed = self.weight(active)
+        return functional_call(layer.base_layer, {depth + layer.tensor: changed}, args, kwargs, tie_weights=False)
+
+    def weight(self, active: Active) -> Tensor:
+        weight = self.layer.read()
+        if not active:
+            return self.layer.parameter
+        return self.view.write(new_weight(self.view.read(weight), active), weight).to(weight.dtype)
+
+    # -- merging ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def settle(self, active: Active) -> None:
+        self._restore()
+        if not active:
+            return
+        changed = self.weight(active)
+        layer, param = self.layer, self.layer.parameter
+        if layer.quantization_backend is not None:  # which makes another Parameter; the packed one is kept
+            self.kept = (param, None)
+            layer.quantization_backend.set_base_weight(layer, changed)
+        elif isinstance(param, StoredWeight):
+            self.kept = (param, param.store.copy())
+            param.store.take(changed)
+        else:
+            self.kept = (param, param.data.clone())
+            param.data.copy_(changed)  # in place, as others may share the memory
+
+    def _restore(self) -> None:
+        if self.kept is None:
+            return
+        (param, values), self.kept = self.kept, None
+        if self.layer.quantization_backend is not None:
+            base = self.layer.get_base_layer()
+            setattr(base, self.layer.tensor, param)
+            if (reset := getattr(getattr(base, "state", None), "reset_grads", None)) is not None:
+                reset()
+        elif isinstance(param, StoredWeight):
+            param.store.replace(values.fetch())
+            param.store.fingerprint = values.fingerprint
+        else:
+            param.data.copy_(values)
+
+    @torch.no_grad()
+    def check(self, active: Active) -> None:
+        if active and not bool(torch.isfinite(self.weight(active)).all()):
+            raise AdapterError(
+                f"the weight of '{active[0][0].site_name}' would hold NaN or infinite values if merged with "
+                f"'{active[0][0].name}'; the adapter is broken: do not merge it"
+            )
+
+    @torch.no_grad()
+    def change(self, delta: Delta, scale: float) -> Tensor:
+        weight = self.layer.read()
+        matrix = self.view.read(weight)
+        matrix = matrix.to(torch.promote_types(matrix.dtype, delta.dtype))
+        if not delta.mergeable:
+            raise ConfigError(f"'{delta.name}' depends on its input; it changes no weight by a fixed amount")
+        add = delta.mode == "add"
+        return self.view.write(
+            scale * delta.delta_weight() if add else delta.new_weight(matrix, scale) - matrix, weight
+        )
+
+    def suspect(self) -> None:
+        """Nothing is kept that values could depart from."""
+
+    def loaded(self) -> None:
+        """As above."""

@@ -1,0 +1,205 @@
+"""Configs of weight parameterizations for PEFT, made from each method's own options.
+
+    get_peft_model(model, fallow.LoRAConfig(rank=8, target_modules="all-linear", rank_pattern={"q_proj": 16}))
+
+`config_of(Method)` is a dataclass of the fields below and of the method's Options. What a layer is told apart from the
+rest stands in `patterns`: {regular expression of module names: {option: value}}; later ones win.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fallow.core.accompany import Penalty, accompany
+from fallow.core.delta import REGISTRY, Delta, MethodOptions, Site, make_options, one_of
+from fallow.core.errors import AdapterError, ConfigError
+from fallow.core.files import fingerprint, matches
+from fallow.core.fused import Fused
+from fallow.core.peft_host import contract
+from fallow.core.peft_host.contract import METHODS, FallowConfig
+from fallow.core.stored_weight import StoredWeight
+from fallow.core.views import view_of
+
+SAMPLED = 256  # entries of each weight that a base is known by
+
+
+@dataclass
+class DeltaConfig(FallowConfig):
+    """The fields that all weight parameterizations share, beside those of `FallowConfig`.
+
+    `patterns`, `rank_pattern`, `alpha_pattern`: options of single modules, by regular expressions that match the end of
+    their names. `fused`: {expression: number of equal row blocks, or their sizes} for layers that hold several
+    projections, each of which gets a Delta of its own. `target_parameters`: weights of two or more dimensions that
+    their module reads itself, such as stacks of experts. `init_weights=False`: start from a random change. `penalty`:
+    whether the method's term of the objective is added before each optimizer step, or by the user ("manual").
+    """
+
+    patterns: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    fused: dict[str, int | list[int]] = field(default_factory=dict)
+    target_parameters: list[str] | None = None
+    trainable_token_indices: Any = None
+    init_weights: bool = True
+    penalty: Penalty = "step"
+    in_place: ClassVar[bool] = False
+    delta: ClassVar[type[Delta]]
+
+    def __post_init__(self) -> None:
+        if self.target_modules == "all-linear" and self.target_parameters:
+            self.target_modules = []
+        parameters, self.target_modules = self.target_parameters, self.target_modules or None
+        if self.target_modules is None and not parameters:
+            raise ConfigError("target_modules=None adapts nothing; give 'all-linear' or names, or target_parameters=")
+        super().__post_init__()
+        one_of("penalty", self.penalty, ("step", "manual"))
+        self.options_for("")
+        for name, patterns in self._by_module():
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ConfigError(f"{name}: {pattern!r} is no regular expression: {error}") from None
+        for extra in self.patterns.values():
+            make_options(self.delta, {**self._given(), **extra})
+
+    def _short(self) -> list[tuple[str, Mapping[str, Any]]]:
+        return [("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)]
+
+    def _by_module(self) -> list[tuple[str, Mapping[str, Any]]]:
+        return [("patterns", self.patterns), ("fused", self.fused), *self._short()]
+
+    def _given(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self.delta.Options)}
+
+    def options_for(self, key: str) -> MethodOptions:
+        """The method's options in the module of this name. ConfigError for what it cannot take."""
+        given = self._given()
+        for name, patterns in self._short():
+            for pattern, value in patterns.items():
+                if _fits(pattern, key):
+                    given[name.removesuffix("_pattern")] = value
+        for pattern, extra in self.patterns.items():
+            if _fits(pattern, key):
+                given.update(extra)
+        return make_options(self.delta, given)
+
+    def make(self, model: nn.Module, sites: Sequence[contract.Site]) -> dict[str, nn.Module]:
+        """A Delta for each site. ConfigError for a pattern that fits none, AdapterError for another base."""
+        for name, patterns in self._by_module():
+            for pattern in patterns:
+                if not any(_fits(pattern, site.key) for site in sites):
+                    raise ConfigError(
+                        f"{name}: {pattern!r} fits no adapted module; they are {', '.join(s.key for s in sites[:8])}"
+                    )
+        fresh = self.made is None
+        self._check_base(model, sites)
+        made: dict[str, nn.Module] = {}
+        for site in sites:
+            view = view_of(site.layer.get_base_layer(), site.tensor)
+            place = Site(site.key, view, site.layer.read, site.common, site.context, self.seed, fresh)
+            stack = site.weight.shape[0] if site.weight.dim() == 3 and view.kind == "parameter" else None
+            rows = next((n for pattern, n in self.fused.items() if _fits(pattern, site.key)), stack)
+            options = self.options_for(site.key)
+            delta = self.delta(place, options) if rows is None else Fused(place, self.delta, options, rows)
+            if not self.init_weights:
+                delta.randomize()
+            made[site.key] = delta.to(place.device)
+        accompany(model, [d for d in made.values() if isinstance(d, Delta)], self.penalty)
+        return made
+
+    def _check_base(self, model: nn.Module, sites: Sequence[contract.Site]) -> None:
+        sample = _sample(sites)
+        if self.made is None:
+            self.made = {"sites": [site.key for site in sites], "base": None if sample is None else fingerprint(sample)}
+            return
+        told, keys = self.made.get("base"), {site.key for site in sites}
+        if missing := [key for key in self.made.get("sites", []) if key not in keys]:
+            raise AdapterError(
+                f"the adapter changes '{missing[0]}', which {type(model).__name__} lacks or target_modules leave out; "
+                f"this model has {', '.join(sorted(keys)[:6])}: give the base that it was trained on"
+            )
+        if self.check_base and told and sample is not None and not matches(told, sample):
+            raise AdapterError(
+                "the adapter was trained on another base: the weights differ. Give the base that it was trained on, or "
+                "force it: config = PeftConfig.from_pretrained(path); config.check_base = False; "
+                "PeftModel.from_pretrained(model, path, config=config)"
+            )
+
+
+def _fits(pattern: str, key: str) -> bool:
+    return re.fullmatch(rf"(.*\.)?({pattern})", key) is not None
+
+
+def _sample(sites: Sequence[contract.Site]) -> Tensor | None:
+    """Some entries of each weight; None where a weight is coded, so that its values are not the original's."""
+    parts: list[Tensor] = []
+    for site in sites:
+        weight = site.weight
+        quantised = isinstance(weight, StoredWeight) or site.layer.quantization_backend is not None
+        if quantised or weight.is_meta or not weight.is_floating_point():
+            return None
+        flat = weight.detach().reshape(-1)
+        parts.append(flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].cpu())
+    same = len({part.dtype for part in parts}) == 1
+    return torch.cat(parts if same else [part.float() for part in parts]) if parts else None
+
+
+def config_of(method: type[Delta]) -> type[DeltaConfig]:
+    """The config class of a method; made once, known to PEFT's files from then on."""
+    held = METHODS.get(method.name)
+    if held is not None and getattr(held, "delta", None) is method:
+        return held  # type: ignore[return-value]
+    own = [(f.name, f.type, _again(f)) for f in dataclasses.fields(method.Options)]
+    if taken := {name for name, _, _ in own} & {f.name for f in dataclasses.fields(DeltaConfig)}:
+        raise ConfigError(
+            f"'{method.name}' has an option {sorted(taken)[0]}, which is a field of all configs; rename it"
+        )
+    made = dataclasses.make_dataclass(
+        f"{method.__name__}Config",
+        [("method", str, field(default=method.name)), *own],
+        bases=(DeltaConfig,),
+        namespace={"delta": method, "__doc__": _told(method), "__module__": __name__},
+    )
+    METHODS[method.name] = made
+    return made
+
+
+def _again(told: dataclasses.Field[Any]) -> Any:
+    if told.default_factory is not dataclasses.MISSING:
+        return field(default_factory=told.default_factory)
+    return field(default=told.default)
+
+
+def _told(method: type[Delta]) -> str:
+    options = (method.Options.__doc__ or "").strip()
+    first = (method.__doc__ or method.__name__).strip().splitlines()[0]
+    return f"{first}\n\n{options}\n\nFor the other fields see `fallow.core.peft_host.DeltaConfig`."
+
+
+def describe(config: FallowConfig, deltas: Mapping[str, nn.Module], error: float) -> FallowConfig:
+    """The config of an adapter made of others, of which `config` is the first's: a LoRA's, where they are Deltas."""
+    if not any(isinstance(delta, Delta) for delta in deltas.values()):
+        return config.describing(deltas)
+    ranks = {re.escape(key): delta.o.rank for key, delta in deltas.items() if isinstance(delta, Delta)}
+    shared = {f.name: copy.deepcopy(getattr(config, f.name)) for f in dataclasses.fields(FallowConfig)}
+    made = {"sites": list(deltas), "base": (config.made or {}).get("base"), "error": error}
+    return config_of(REGISTRY["lora"])(
+        **shared | {"method": "lora", "made": made},
+        rank_pattern=ranks,
+        alpha_pattern={key: float(rank) for key, rank in ranks.items()},
+        target_parameters=getattr(config, "target_parameters", None),
+    )
+
+
+def configs() -> dict[str, type[DeltaConfig]]:
+    """{`LoRAConfig`: the class} of every method known now."""
+    return {f"{method.__name__}Config": config_of(method) for method in REGISTRY.values()}
