@@ -5,7 +5,8 @@ A method is one subclass of `Delta` in one file. It sees every weight as a matri
 
     factors()             W' = W + B A          B (out, r), A (r, in), all scales within; the rest follows
     delta_weight()        W' = W + D            and `delta_forward(x)` where D x has a cheaper form
-    transform(W)          W' = f(W)             and `inverse(W')` where there is one
+    transform(W)          W' = f(W)             and `inverse(W')` where there is one, `output(x, y, W, bias)` where y'
+                                                comes cheaper of the layer's own output y than of W'
     forward(x, y)         y' = g(x, y)          y is the layer's own output; cannot be merged
 
 Trained tensors are `nn.Parameter`, frozen ones buffers (persistent: saved in the file; else drawn again from
@@ -52,12 +53,12 @@ class Site:
         view: View,
         read: Callable[[], Tensor],
         common: nn.Module,
-        context: Mapping[str, Any] | None = None,
+        context: dict[str, Any] | None = None,
         seed: int = 0,
         fresh: bool = True,
     ) -> None:
         self.name, self.view, self._read, self.common, self.seed, self.fresh = name, view, read, common, seed, fresh
-        self.context: Mapping[str, Any] = {} if context is None else context
+        self.context: dict[str, Any] = {} if context is None else context
         weight = read()
         self.device, self.dtype = weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32
 
@@ -103,7 +104,8 @@ class Delta(nn.Module):
     """What one adapter is in one layer. `self.o`: its options. `self.view`: its layer's view.
 
     `name`: the catalogue's slug. `supports`: kinds of views. `starts`: "" where the output is unchanged at the start,
-    else why it is not. `exact`: whether D is B A of a rank that `factors` gives.
+    else why it is not. `exact`: whether D is B A of a rank that `factors` gives. `any_dtype`: whether it takes x in the
+    dtype it came in (through `fallow.core.factored.down`); else the engine casts x to the trained tensors'.
     """
 
     name: ClassVar[str] = ""
@@ -111,8 +113,9 @@ class Delta(nn.Module):
     supports: ClassVar[tuple[str, ...]] = ("linear", "conv", "embedding", "parameter")
     starts: ClassVar[str] = ""
     exact: ClassVar[bool] = False
+    any_dtype: bool = False
     Options: ClassVar[type[MethodOptions]] = MethodOptions
-    context: Mapping[str, Any]  # values for a forward, set by `fallow.condition`
+    context: dict[str, Any]  # values for a forward, set by `fallow.condition`
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -151,7 +154,8 @@ class Delta(nn.Module):
         self.has_inputs = self.view.kind != "embedding"
         drop = float(getattr(self.o, "dropout", 0.0) or 0.0)
         self.drop = drop if self.has_inputs and self.mode == "add" else 0.0
-        self.any_dtype = self.exact and type(self).delta_forward is Delta.delta_forward  # takes x as it came
+        if self.exact and type(self).delta_forward is Delta.delta_forward:
+            self.any_dtype = True
 
     # -- what a method writes -----------------------------------------------------------------------------------------
 
@@ -180,6 +184,7 @@ class Delta(nn.Module):
         return w + self.delta_weight().to(w.dtype)
 
     inverse: Callable[[Tensor], Tensor] | None = None
+    output: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """y' of the layer's input x and its output y."""

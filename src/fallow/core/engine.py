@@ -47,7 +47,7 @@ def run_deltas(
     for delta, _ in active:
         if delta.mode == "weight":
             rewriting = True
-    y = _rewritten(layer, view, read, active, x) if rewriting else base(x, *args, **kwargs)
+    y = _rewritten(base, layer, view, read, active, x, args, kwargs) if rewriting else base(x, *args, **kwargs)
     dtype = y.dtype
     for delta, scale in active:
         mode = delta.mode
@@ -93,30 +93,43 @@ def _in_place_of_parameter(
 # -- rewriting without a second weight --------------------------------------------------------------------------------
 
 
-def _rewritten(layer: nn.Module, view: View, read: Callable[[], Tensor], active: Active, x: Tensor) -> Tensor:
+def _rewritten(
+    base: Any,
+    layer: nn.Module,
+    view: View,
+    read: Callable[[], Tensor],
+    active: Active,
+    x: Tensor,
+    args: Any,
+    kwargs: Any,
+) -> Tensor:
     members = [(delta, scale) for delta, scale in active if delta.mode == "weight"]
     bias = cast("Tensor | None", getattr(layer, "bias", None))
+    if len(members) == 1 and members[0][1] == 1.0 and members[0][0].output is not None:
+        y: Tensor = base(x, *args, **kwargs)
+        return members[0][0].output(_input(members[0][0], x), y, view.read(read()), bias).to(y.dtype)
     params = [param for delta, _ in members for param in delta.all_parameters() if param.requires_grad]
 
-    def run(x: Tensor, bias: Tensor | None) -> Tensor:
+    def changed(x: Tensor) -> Tensor:
         stored = read()
-        weight = view.read(stored)
-        for delta, scale in members:
-            weight = delta.new_weight(weight.to(torch.promote_types(weight.dtype, delta.dtype)), scale)
-        dtype = x.dtype if x.is_floating_point() else stored.dtype
-        return view.op(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+        weight = new_weight(view.read(stored), members)
+        return weight.to(x.dtype if x.is_floating_point() else stored.dtype)
 
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return run(x, bias)
-    return cast(Tensor, _Again.apply(run, x, bias, *dict.fromkeys(params)))
+        return _with_weight(view, x, changed(x), bias)
+    return cast(Tensor, _Again.apply(view, changed, x, bias, *dict.fromkeys(params)))
+
+
+def _with_weight(view: View, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return view.op(x, weight, None if bias is None else bias.to(weight.dtype))
 
 
 class _Again(torch.autograd.Function):
-    """run(x, bias), which is run again in the backward: no W' is kept between the two."""
+    """The layer with W' = changed(x), which is made again in the backward: no W' is kept between the two."""
 
     @staticmethod
-    def forward(ctx: Any, run: Any, x: Tensor, bias: Tensor | None, *params: Tensor) -> Tensor:
-        ctx.run = run
+    def forward(ctx: Any, view: View, changed: Any, x: Tensor, bias: Tensor | None, *params: Tensor) -> Tensor:
+        ctx.view, ctx.changed = view, changed
         ctx.autocast = (
             x.device.type,
             torch.get_autocast_dtype(x.device.type),
@@ -124,18 +137,38 @@ class _Again(torch.autograd.Function):
         )
         ctx.save_for_backward(x, bias, *params)
         with torch.no_grad():
-            return cast(Tensor, run(x, bias))
+            return _with_weight(view, x, changed(x), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, bias, *params = ctx.saved_tensors
-        needed = ctx.needs_input_grad[1:]
+        needed = ctx.needs_input_grad[2:]
+        device, dtype, enabled = ctx.autocast
+        again = torch.autocast(device, dtype, enabled) if enabled else nullcontext()
+        if ctx.view.kind == "linear":
+            with torch.enable_grad(), again:
+                weight = ctx.changed(x)
+            return None, None, *_linear_backward(x, bias, params, weight, grad, needed)
         inner = x.detach().requires_grad_(needed[0])
         shift = bias if bias is None else bias.detach().requires_grad_(needed[1])
-        device, dtype, enabled = ctx.autocast
-        with torch.enable_grad(), torch.autocast(device, dtype, enabled) if enabled else nullcontext():
-            out = ctx.run(inner, shift)
+        with torch.enable_grad(), again:
+            out = _with_weight(ctx.view, inner, ctx.changed(inner), shift)
         wanted = [t for t, need in zip([inner, shift, *params], needed, strict=True) if need]
         found = iter(torch.autograd.grad(out, cast(Any, wanted), grad, allow_unused=True))
-        return (None, *(next(found) if need else None for need in needed))
+        return (None, None, *(next(found) if need else None for need in needed))
+
+
+def _linear_backward(
+    x: Tensor, bias: Tensor | None, params: list[Tensor], weight: Tensor, grad: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, the bias and what W' was made of, without the layer's product a second time."""
+    upstream = grad.reshape(-1, grad.shape[-1])
+    into = (grad @ weight.detach().to(grad.dtype)).to(x.dtype) if needed[0] else None
+    shift = upstream.sum(0).to(bias.dtype) if bias is not None and needed[1] else None
+    wanted = [param for param, need in zip(params, needed[2:], strict=True) if need]
+    if not wanted or not weight.requires_grad:
+        return (into, shift, *[None] * len(params))
+    dense = upstream.T @ x.reshape(-1, x.shape[-1]).to(grad.dtype)
+    found = iter(torch.autograd.grad(weight, wanted, dense.to(weight.dtype), allow_unused=True))
+    return (into, shift, *(next(found) if need else None for need in needed[2:]))

@@ -22,28 +22,37 @@ from fallow.core.delta import Delta, MethodOptions, Site, fits_rank, number, one
 from fallow.core.errors import ConfigError
 
 
+@dataclasses.dataclass(kw_only=True)
+class FactorOptions(MethodOptions):
+    """`alpha`: None for the rank, so that s = 1 (sqrt(r) for "rslora"). `scaling`: "standard" alpha / rank, or "rslora"
+    alpha / sqrt(rank), with which gradients keep their size at high ranks.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    scaling: str = "standard"
+
+    def check(self) -> None:
+        whole("rank", self.rank)
+        if self.alpha is not None:
+            number("alpha", self.alpha, open_below=True)
+        one_of("scaling", self.scaling, ("standard", "rslora"))
+
+
 class LoRA(Delta):
     name = "lora"
 
     @dataclasses.dataclass(kw_only=True)
-    class Options(MethodOptions):
-        """`alpha`: None for the rank, so that s = 1 (sqrt(r) for "rslora"). `dropout`: on the layer's input. `scaling`:
-        "standard" alpha / rank, or "rslora" alpha / sqrt(rank), with which gradients keep their size at high ranks.
-        """
+    class Options(FactorOptions):
+        """`dropout`: on the layer's input."""
 
-        rank: int = 8
-        alpha: float | None = None
         dropout: float = 0.0
-        scaling: str = "standard"
 
         def check(self) -> None:
-            whole("rank", self.rank)
-            if self.alpha is not None:
-                number("alpha", self.alpha, open_below=True)
+            super().check()
             number("dropout", self.dropout, most=1.0)
             if self.dropout == 1.0:
                 raise ConfigError("dropout=1.0 drops the whole input, so nothing is trained; give less than 1")
-            one_of("scaling", self.scaling, ("standard", "rslora"))
 
     def setup(self, site: Site) -> None:
         if site.fresh:  # files of other programs hold ranks above the layer's, which do no harm
