@@ -11,8 +11,6 @@ PLANNED: tuple[tuple[str, str, str, Idea, str], ...] = (
     ("ba-lora", "BA-LoRA: Bias-Alleviating Low-Rank Adaptation to Mitigate Catastrophic Inheritance in Large Language "
      "Models", "2408.04556", "objective",
      "three penalties that keep LoRA from amplifying noise and imbalance"),
-    ("bone", "MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure (first: Bone)",
-     "2409.15371", "delta", "one zero-initialised matrix per layer, expanded by sharing: lean and quick to converge"),
     ("clora", "CLoRA: A Contrastive Approach to Compose Multiple LoRA Models", "2403.19776", "compose",
      "several concept LoRAs in one picture, kept apart by their attention maps while sampling"),
     ("cmlora", "Cached Multi-LoRA Composition for Multi-Concept Image Generation", "2502.04923", "compose",
@@ -98,8 +96,6 @@ PLANNED: tuple[tuple[str, str, str, Idea, str], ...] = (
      "a group of LoRAs kept orthogonal to the base and to each other, for unseen domains"),
     ("pela", "PELA: Learning Parameter-Efficient Models with Low-Rank Approximation", "2310.10700", "compress",
      "a smaller pretrained model: factorised, then briefly trained to follow the original"),
-    ("petalface", "PETALface: Parameter Efficient Transfer Learning for Low-resolution Face Recognition",
-     "2412.07771", "delta", "two LoRAs blended by the quality of each input"),
     ("randlora", "RandLoRA: Full-rank parameter-efficient fine-tuning of large models", "2502.00987", "delta",
      "full-rank updates from fixed random bases with trained coefficients"),
     ("s-lora", "S-LoRA: Serving Thousands of Concurrent LoRA Adapters", "2311.03285", "serving",
