@@ -304,3 +304,14 @@ def test_bad_options_are_refused_by_name():
     for given, message in bad:
         with pytest.raises(ConfigError, match=message):
             OneLayer(nn.Linear(12, 20), Bone, **given)
+
+
+def test_gradients_of_w_itself_are_those_of_bats_equation():
+    for group in ("out", "in"):
+        delta = OneLayer(nn.Linear(6, 8).double(), Bone, rank=2, kind="bat", group=group).delta
+        delta.randomize()
+        w = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
+        for upstream in (torch.ones(8, 6).double(), torch.randn(8, 6, dtype=torch.float64)):
+            got = torch.autograd.grad((delta.transform(w) * upstream).sum(), [w, delta.blocks])
+            wanted = torch.autograd.grad((reference(w, delta) * upstream).sum(), [w, delta.blocks])
+            assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(got, wanted, strict=True))

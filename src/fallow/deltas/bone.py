@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -118,14 +118,7 @@ class Bone(Delta):
     def transform(self, w: Tensor) -> Tensor:
         if self.o.kind != "bat":
             return super().transform(w)
-        b, r = self.blocks.to(w.dtype), self.o.rank
-        if self.o.group == "out":  # (out / r, r * in / r, r) is a view of W
-            rows = w.reshape(b.shape[0], -1, r)
-            # W + W B, not W (I + B): exact at B = 0 in every precision of the product
-            return torch.baddbmm(rows, rows, b).view(b.shape[0], r, -1, r).add_(b.unsqueeze(2)).view(w.shape)
-        columns = w.reshape(-1, b.shape[0], r).transpose(0, 1)
-        changed = torch.baddbmm(columns, columns, b).view(b.shape[0], -1, r, r).add_(b.unsqueeze(1))
-        return changed.flatten(1, 2).transpose(0, 1).reshape(w.shape)
+        return cast(Tensor, _Affine.apply(w, self.blocks.to(w.dtype), self.o.group == "out"))
 
     def inverse(self, w: Tensor) -> Tensor:
         """W of W'; of bat by W_jm = (W'_jm - B_j) (I + B_j)^-1, in float32: a B with the eigenvalue -1 has none."""
@@ -158,3 +151,39 @@ def _shard_sum(x: Tensor, r: int, dim: int, dtype: torch.dtype) -> Tensor:
         return whole_shards
     rest = x.narrow(dim, width - width % r, width % r).to(dtype)
     return whole_shards + F.pad(rest, [0, 0] * (x.dim() - 1 - dim) + [0, r - width % r])
+
+
+class _Affine(torch.autograd.Function):
+    """W (I + B_j) + B_j for all blocks; the backward needs W alone: dB_j = sum over m of (W_jm + I)ᵀ G_jm."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, b: Tensor, by_outputs: bool) -> Tensor:
+        ctx.save_for_backward(w, b)
+        ctx.by_outputs = by_outputs
+        # W + W B, not W (I + B): exact at B = 0 in every precision of the product
+        rows = _rows_of(w, b, by_outputs)
+        changed = torch.baddbmm(rows, rows, b)
+        if by_outputs:
+            changed.view(b.shape[0], b.shape[1], -1, b.shape[1]).add_(b.unsqueeze(2))
+            return changed.view(w.shape)
+        changed.view(b.shape[0], -1, *b.shape[1:]).add_(b.unsqueeze(1))
+        return _undone(changed, w.shape, False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        w, b = ctx.saved_tensors
+        by_outputs, r = ctx.by_outputs, b.shape[1]
+        rows, upstream = _rows_of(w, b, by_outputs), _rows_of(grad, b, by_outputs)
+        tiles = upstream.reshape(b.shape[0], r, -1, r).sum(2) if by_outputs else upstream.unflatten(1, (-1, r)).sum(1)
+        into = grad + _undone(upstream @ b.mT, w.shape, by_outputs) if ctx.needs_input_grad[0] else None
+        return into, torch.baddbmm(tiles, rows.mT, upstream), None
+
+
+def _rows_of(w: Tensor, b: Tensor, by_outputs: bool) -> Tensor:
+    """W (out, in) as (blocks, rows, r), so that all that one B maps stands in one matrix; a view."""
+    return w.reshape(b.shape[0], -1, b.shape[1]) if by_outputs else w.unflatten(1, b.shape[:2]).transpose(0, 1)
+
+
+def _undone(rows: Tensor, shape: torch.Size, by_outputs: bool) -> Tensor:
+    return (rows if by_outputs else rows.transpose(0, 1)).reshape(shape)
