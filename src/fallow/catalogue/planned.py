@@ -15,9 +15,6 @@ PLANNED: tuple[tuple[str, str, str, Idea, str], ...] = (
      "several concept LoRAs in one picture, kept apart by their attention maps while sampling"),
     ("cmlora", "Cached Multi-LoRA Composition for Multi-Concept Image Generation", "2502.04923", "compose",
      "several LoRAs in one picture, one leading at a time, the others from a cache"),
-    ("codyra", "Adaptive Rank, Reduced Forgetting: Knowledge Retention in Continual Learning Vision-Language Models "
-     "with Dynamic Rank-Selective LoRA", "2412.01004", "start and budget",
-     "one task after another at the least rank, without replay"),
     ("colora", "Contribution-based Low-Rank Adaptation with Pre-training Model for Real Image Restoration",
      "2408.01099", "start and budget", "image restoration: rank where a degradation needs it"),
     ("corda", "CorDA: Context-Oriented Decomposition Adaptation of Large Language Models for Task-Aware "
@@ -106,8 +103,6 @@ PLANNED: tuple[tuple[str, str, str, Idea, str], ...] = (
      "2406.02214", "delta", "pretraining with every weight as low rank plus a fixed sparse support"),
     ("smora", "Each Rank Could be an Expert: Single-Ranked Mixture of Experts LoRA for Multi-Task Learning",
      "2501.15103", "delta", "every rank of one LoRA is an expert; a few are active for each token"),
-    ("sora", "Sparse Low-rank Adaptation of Pre-trained Language Models", "2311.11696", "start and budget",
-     "starts with more rank than needed; gates fall to exact zero and are cut out"),
     ("svfit", "SVFit: Parameter-Efficient Fine-Tuning of Large Pre-Trained Models Using Singular Values",
      "2409.05926", "delta", "one short vector of singular values per layer"),
     ("tlora", "Transformed Low-rank Adaptation via Tensor Decomposition and Its Applications to Text-to-image Models",
