@@ -24,8 +24,6 @@ PLANNED: tuple[tuple[str, str, str, Idea, str], ...] = (
      "2505.17967", "update rule", "low-rank optimizer states in a fixed cosine basis: no SVD, no stored projector"),
     ("diffora", "DiffoRA: Enabling Parameter-Efficient LLM Fine-Tuning via Differential Low-Rank Matrix Adaptation",
      "2502.08905", "start and budget", "a differentiable search for the modules that deserve an adapter"),
-    ("dylora", "DyLoRA: Parameter-Efficient Tuning of Pretrained Models using Dynamic Search-Free Low Rank Adaptation",
-     "2210.07558", "delta", "one LoRA that can be cut to any rank of a range after training"),
     ("eva", "Parameter Efficient Fine-tuning via Explained Variance Adaptation", "2410.07170", "start and budget",
      "LoRA starts on the directions in which a layer's inputs vary most, and rank follows them"),
     ("fedsvd", "FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA", "2505.12805",
