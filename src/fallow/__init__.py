@@ -17,6 +17,8 @@ from fallow.core.on_import import after_import
 
 if TYPE_CHECKING:
     from fallow.catalogue import Card, methods
+    from fallow.core.accompany import condition, penalty
+    from fallow.core.delta import Delta, MethodOptions
     from fallow.core.errors import (
         AdapterError,
         ConfigError,
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
         SelectionError,
         TrainingError,
     )
+    from fallow.core.peft_host import config_of
+    from fallow.core.peft_host.hotswap import hotswap
     from fallow.core.schedule import step
     from fallow.core.sparse import Adapters, SparseDelta
     from fallow.core.trainer import Callback
@@ -47,8 +51,10 @@ __all__ = [
     "Card",
     "ConfigError",
     "DataError",
+    "Delta",
     "FallowError",
     "Largest",
+    "MethodOptions",
     "ModelError",
     "Random",
     "SHiRA",
@@ -59,13 +65,23 @@ __all__ = [
     "Selective",
     "SparseDelta",
     "TrainingError",
+    "condition",
+    "config_of",
     "from_sparse",
+    "hotswap",
     "methods",
+    "penalty",
     "step",
     "to_sparse",
 ]
 
 _HOME = {
+    "MethodOptions": "fallow.core.delta",
+    "Delta": "fallow.core.delta",
+    "condition": "fallow.core.accompany",
+    "penalty": "fallow.core.accompany",
+    "config_of": "fallow.core.peft_host",
+    "hotswap": "fallow.core.peft_host.hotswap",
     "AdapterError": "fallow.core.errors",
     "Adapters": "fallow.core.sparse",
     "Callback": "fallow.core.trainer",
@@ -97,14 +113,16 @@ after_import("peft", "fallow.deltas._peft")
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
-    if name in _configs():
+    if name.endswith("Config") and name in import_module("fallow.deltas._peft").CONFIGS:
         return import_module("fallow.deltas._peft").CONFIGS[name]
     raise AttributeError(f"module 'fallow' has no attribute {name!r}")
 
 
 def _configs() -> set[str]:
     """The names of the PEFT configs of all weight parameterizations, `LoRAConfig` and so on."""
-    return {f"{card.name}Config" for card in import_module("fallow.catalogue").methods() if "fallow.deltas." in card.home}
+    return {
+        f"{card.name}Config" for card in import_module("fallow.catalogue").methods() if "fallow.deltas." in card.home
+    }
 
 
 def __dir__() -> list[str]:

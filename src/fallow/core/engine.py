@@ -74,8 +74,11 @@ def _input(delta: Delta, x: Tensor) -> Tensor:
 
 
 def new_weight(w: Tensor, active: Active) -> Tensor:
-    """W' (out, in) after all of them in their order. ConfigError for a Delta that depends on its input."""
-    for delta, scale in active:
+    """W' (out, in) as a forward has it: those that rewrite in their order, then what is added to the result.
+
+    ConfigError for a Delta that depends on its input.
+    """
+    for delta, scale in sorted(active, key=lambda member: member[0].mode != "weight"):
         if not delta.mergeable:
             raise ConfigError(f"'{delta.name}' acts on a layer's input and output; it has no weight and cannot merge")
         w = delta.new_weight(w.to(torch.promote_types(w.dtype, delta.dtype)), scale)

@@ -78,7 +78,8 @@ class Acting:
         changed = self.weight(active)
         layer, param = self.layer, self.layer.parameter
         if layer.quantization_backend is not None:  # which makes another Parameter; the packed one is kept
-            self.kept = (param, None)
+            state = getattr(layer.get_base_layer(), "state", None)  # of bitsandbytes' 8-bit layers
+            self.kept = (param, {name: getattr(state, name) for name in ("CB", "SCB") if hasattr(state, name)})
             layer.quantization_backend.set_base_weight(layer, changed)
         elif isinstance(param, StoredWeight):
             self.kept = (param, param.store.copy())
@@ -94,8 +95,8 @@ class Acting:
         if self.layer.quantization_backend is not None:
             base = self.layer.get_base_layer()
             setattr(base, self.layer.tensor, param)
-            if (reset := getattr(getattr(base, "state", None), "reset_grads", None)) is not None:
-                reset()
+            for name, value in values.items():
+                setattr(base.state, name, value)
         elif isinstance(param, StoredWeight):
             param.store.replace(values.fetch())
             param.store.fingerprint = values.fingerprint

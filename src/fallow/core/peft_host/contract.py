@@ -152,7 +152,7 @@ class FallowConfig(PeftConfig, metaclass=_ByMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
-        if not self.target_modules:
+        if not self.target_modules and not getattr(self, "target_parameters", None):
             raise ConfigError(f"target_modules={self.target_modules!r} adapts nothing; give 'all-linear' or names")
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), list | tuple):

@@ -56,18 +56,15 @@ class DeltaConfig(FallowConfig):
     def __post_init__(self) -> None:
         if self.target_modules == "all-linear" and self.target_parameters:
             self.target_modules = []
-        parameters, self.target_modules = self.target_parameters, self.target_modules or None
-        if self.target_modules is None and not parameters:
-            raise ConfigError("target_modules=None adapts nothing; give 'all-linear' or names, or target_parameters=")
         super().__post_init__()
         one_of("penalty", self.penalty, ("step", "manual"))
-        self.options_for("")
         for name, patterns in self._by_module():
             for pattern in patterns:
                 try:
                     re.compile(pattern)
                 except re.error as error:
                     raise ConfigError(f"{name}: {pattern!r} is no regular expression: {error}") from None
+        self.options_for("")
         for extra in self.patterns.values():
             make_options(self.delta, {**self._given(), **extra})
 

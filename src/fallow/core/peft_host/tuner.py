@@ -166,7 +166,7 @@ class FallowModel(BaseTuner):
             if not merge and not layer.merged:
                 layer.settle()
             parent_path, _, child = path.rpartition(".")
-            if "base_layer" in parent_path.split("."):  # inside another adapted layer, where PEFT does not look
+            if "base_layer" in path.split("."):  # inside another adapted layer, where PEFT does not look
                 if merge:
                     layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
                 setattr(self.model.get_submodule(parent_path), child, layer.base_layer)
@@ -197,7 +197,9 @@ class FallowModel(BaseTuner):
         for name in adapters:
             if name not in self.peft_config:
                 raise ConfigError(f"there is no adapter '{name}'{nearest(name, self.peft_config)}")
-        if combination_type != "linear" and any(self.peft_config[name].in_place for name in adapters):
+        if combination_type != "linear" and any(
+            cast(FallowConfig, self.peft_config[name]).in_place for name in adapters
+        ):
             raise ConfigError(f"combination_type={combination_type!r} must be 'linear', the one sum of chosen entries")
         if svd_rank is not None:
             whole("svd_rank", svd_rank)
