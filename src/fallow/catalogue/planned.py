@@ -91,8 +91,6 @@ PLANNED: tuple[tuple[str, str, str, Idea, str], ...] = (
      "a group of LoRAs kept orthogonal to the base and to each other, for unseen domains"),
     ("pela", "PELA: Learning Parameter-Efficient Models with Low-Rank Approximation", "2310.10700", "compress",
      "a smaller pretrained model: factorised, then briefly trained to follow the original"),
-    ("randlora", "RandLoRA: Full-rank parameter-efficient fine-tuning of large models", "2502.00987", "delta",
-     "full-rank updates from fixed random bases with trained coefficients"),
     ("s-lora", "S-LoRA: Serving Thousands of Concurrent LoRA Adapters", "2311.03285", "serving",
      "one base and many adapters, answered in one batch"),
     ("salt", "SALT: Parameter-Efficient Fine-Tuning via Singular Value Adaptation with Low-Rank Transformation",
