@@ -180,7 +180,7 @@ def test_backward_on_a_bf16_base_keeps_the_output_and_h_only(kind: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         y = model(x.requires_grad_())
     hidden = {"linear": 3 * 5 * 2, "conv": 3 * 2 * 25, "grouped": 3 * 4 * 81}[kind]
-    vectors = 3 * model.view.shape[0]  # c, n, and the B that s scales
+    vectors = (2 + 2) * model.view.shape[0]  # c, n, and c s B
     assert y.dtype == torch.bfloat16
     assert sum(held.values()) <= 2 * y.numel() + 4 * (hidden + vectors)
 

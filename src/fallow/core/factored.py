@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fallow.core.views import View
+from fallow.core.views import ConvView, View
 
 
 def through(view: View, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def down(view: View, x: Tensor, a: Tensor) -> Tensor:
         return view.down(x, a)
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return view.down(x.to(a.dtype), a)
-    return cast(Tensor, (_Linear if view.kind == "linear" else _Again).apply(view, x, a))
+    return cast(Tensor, (_Conv if isinstance(view, ConvView) else _Linear).apply(view, x, a))
 
 
 class _Linear(torch.autograd.Function):
@@ -50,11 +50,9 @@ class _Linear(torch.autograd.Function):
         return None, (grad @ a).to(ctx.dtype) if need_x else None, grad_a
 
 
-class _Again(torch.autograd.Function):
-    """For convolutions, whose down is run again to be differentiated."""
-
+class _Conv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, view: View, x: Tensor, a: Tensor) -> Tensor:
+    def forward(ctx: Any, view: ConvView, x: Tensor, a: Tensor) -> Tensor:
         ctx.view = view
         ctx.save_for_backward(x, a)
         return view.down(x.to(a.dtype), a)
@@ -62,11 +60,22 @@ class _Again(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, a = (
-            tensor.detach().requires_grad_(need)
-            for tensor, need in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
-        )
-        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-            h = ctx.view.down(x.to(a.dtype), a)
-        found = iter(torch.autograd.grad(h, [tensor for tensor in (x, a) if tensor.requires_grad], grad))
-        return (None, *(next(found) if tensor.requires_grad else None for tensor in (x, a)))
+        x, a = ctx.saved_tensors
+        view: ConvView = ctx.view
+        _, need_x, need_a = ctx.needs_input_grad
+        if view.padding_mode != "zeros" or isinstance(view.padding, str):
+            return None, *_by_running_again(view, x, a, grad, (need_x, need_a))
+        groups = view.groups
+        grad_x, grad_a, _ = torch.ops.aten.convolution_backward(
+            grad, x.to(a.dtype), a.repeat(groups, 1).reshape(-1, *view.kernel), None, view.stride, view.padding,
+            view.dilation, False, [0] * len(view.stride), groups, [need_x, need_a, False],
+        )  # fmt: skip
+        return None, grad_x.to(x.dtype) if need_x else None, grad_a.view(groups, *a.shape).sum(0) if need_a else None
+
+
+def _by_running_again(view: View, x: Tensor, a: Tensor, grad: Tensor, need: tuple[bool, bool]) -> list[Tensor | None]:
+    x, a = (tensor.detach().requires_grad_(needed) for tensor, needed in zip((x, a), need, strict=True))
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        h = view.down(x.to(a.dtype), a)
+    found = iter(torch.autograd.grad(h, [tensor for tensor in (x, a) if tensor.requires_grad], grad))
+    return [next(found) if tensor.requires_grad else None for tensor in (x, a)]

@@ -3,13 +3,14 @@
 "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353.
 
     W' = diag(m / n) (W + s B A)    n (out,) the norms of the rows of W + s B A; m (out,) trained, from those of W
-    y' = y + (c - 1) (y - bias) + c s B A x,    c = m / n
+    y' = c y + (c s B) A x + (1 - c) bias,    c = m / n, of the layer's own output y
 
 n gets no gradient (section 4.3 of the paper). Here no W + s B A is formed to find it: with the norms n0 of W,
 
     n_i^2 = n0_i^2 + 2 s B_i (A W^T)_i + s^2 B_i (A A^T) B_i^T
 
-The backward keeps x as it came, y and h = A x; B h is made again. A row of W that is zero stays zero.
+The backward keeps x and y as they came, and h = A x; the gradient of c needs no B h: it is rowsum(B * g^T h), which the
+gradient of B makes. A row of W that is zero stays zero.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from torch import Tensor, nn
 
 from fallow.core.delta import Site
 from fallow.core.factored import down
-from fallow.core.views import View
 from fallow.deltas.lora import FactorOptions, LoRA
 
 
@@ -47,12 +47,13 @@ class DoRA(LoRA):
         return turned * (self.magnitude / _above_zero(turned.detach().norm(dim=1))).unsqueeze(1)
 
     def output(self, x: Tensor, y: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        b, a = self.factors()
+        view, (b, a) = self.view, self.factors()
         c = self.magnitude / self.row_norms(w, b, a)
-        h = down(self.view, x, a)
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(y.device.type):
-            return _rescaled(self.view, y, self.view.up(h, b), c, bias)
-        return cast(Tensor, _Rescale.apply(self.view, y, h, b, c, bias))
+        changed = view.scale(y, c) + view.up(down(view, x, a), c.unsqueeze(1) * b)
+        if bias is None:
+            return changed
+        shift = (1 - c) * bias
+        return changed + (shift if view.channels == -1 else shift.view(-1, *[1] * (y.dim() - 2)))
 
     @torch.no_grad()
     def row_norms(self, w: Tensor, b: Tensor, a: Tensor) -> Tensor:
@@ -68,42 +69,3 @@ class DoRA(LoRA):
 
 def _above_zero(norms: Tensor) -> Tensor:
     return norms.clamp_min(torch.finfo(norms.dtype).tiny)
-
-
-def _along(view: View, vector: Tensor, y: Tensor) -> Tensor:
-    """A vector over the channels of y, in a shape that multiplies it."""
-    return vector if view.channels == -1 else vector.view(-1, *[1] * (y.dim() - 2))
-
-
-def _rescaled(view: View, y: Tensor, change: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
-    c = _along(view, c, y)
-    own = y if bias is None else y - _along(view, bias, y)
-    return torch.addcmul(torch.addcmul(y.to(c.dtype), own.to(c.dtype), c - 1), change.to(c.dtype), c)
-
-
-class _Rescale(torch.autograd.Function):
-    """y + (c - 1) (y - bias) + c (B h), of which y and h are kept."""
-
-    @staticmethod
-    def forward(ctx: Any, view: View, y: Tensor, h: Tensor, b: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.view = view
-        ctx.save_for_backward(y, h, b, c, bias)
-        return _rescaled(view, y, view.up(h, b), c, bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        view: View = ctx.view
-        y, h, b, c, bias = ctx.saved_tensors
-        h, b = h.detach().requires_grad_(), b.detach().requires_grad_()
-        with torch.enable_grad():
-            change = view.up(h, b)
-        others = [dim for dim in range(y.dim()) if dim != view.channels % y.dim()]
-        own = y if bias is None else y - _along(view, bias, y)
-        grad_c = (grad * (own + change.detach())).sum(others)
-        grad_y = grad * _along(view, c, y)
-        grad_h, grad_b = torch.autograd.grad(change, (h, b), grad_y)
-        grad_bias = None
-        if bias is not None and ctx.needs_input_grad[5]:
-            grad_bias = (grad.sum(others) * (1 - c)).to(bias.dtype)
-        return None, grad_y.to(y.dtype), grad_h, grad_b, grad_c, grad_bias
