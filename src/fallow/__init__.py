@@ -6,6 +6,9 @@
     ...
     optimizer.save("style.safetensors")
 
+    fallow.attach(model, "lora", rank=8)               # or another weight parameterization, without PEFT
+    fallow.save(model, "style")
+
 The names are imported when first used, so that `import fallow` and the command line's help cost no seconds. PEFT
 learns of the adapters of this package (`SaRAConfig`, `SHiRAConfig`) as soon as both are imported.
 """
@@ -28,11 +31,23 @@ if TYPE_CHECKING:
         SelectionError,
         TrainingError,
     )
+    from fallow.core.host import (
+        activate,
+        check_gradients,
+        detach,
+        disabled,
+        merge,
+        mixed,
+        save,
+        set_scale,
+        unmerge,
+    )
     from fallow.core.peft_host import config_of
     from fallow.core.peft_host.hotswap import hotswap
     from fallow.core.schedule import step
     from fallow.core.sparse import Adapters, SparseDelta
     from fallow.core.trainer import Callback
+    from fallow.deltas import attach, load
     from fallow.selection.largest import Largest
     from fallow.selection.lt_sft import LTSFT
     from fallow.selection.peft_config import SaRAConfig, SHiRAConfig
@@ -65,32 +80,39 @@ __all__ = [
     "Selective",
     "SparseDelta",
     "TrainingError",
+    "activate",
+    "attach",
+    "check_gradients",
     "condition",
     "config_of",
+    "detach",
+    "disabled",
     "from_sparse",
     "hotswap",
+    "load",
+    "merge",
     "methods",
+    "mixed",
     "penalty",
+    "save",
+    "set_scale",
     "step",
     "to_sparse",
+    "unmerge",
 ]
 
 _HOME = {
-    "MethodOptions": "fallow.core.delta",
-    "Delta": "fallow.core.delta",
-    "condition": "fallow.core.accompany",
-    "penalty": "fallow.core.accompany",
-    "config_of": "fallow.core.peft_host",
-    "hotswap": "fallow.core.peft_host.hotswap",
     "AdapterError": "fallow.core.errors",
     "Adapters": "fallow.core.sparse",
     "Callback": "fallow.core.trainer",
     "Card": "fallow.catalogue",
     "ConfigError": "fallow.core.errors",
     "DataError": "fallow.core.errors",
+    "Delta": "fallow.core.delta",
     "FallowError": "fallow.core.errors",
     "LTSFT": "fallow.selection.lt_sft",
     "Largest": "fallow.selection.largest",
+    "MethodOptions": "fallow.core.delta",
     "ModelError": "fallow.core.errors",
     "Random": "fallow.selection.random",
     "SHiRA": "fallow.selection.shira",
@@ -101,10 +123,25 @@ _HOME = {
     "Selective": "fallow.selection.selective",
     "SparseDelta": "fallow.core.sparse",
     "TrainingError": "fallow.core.errors",
+    "activate": "fallow.core.host",
+    "attach": "fallow.deltas",
+    "check_gradients": "fallow.core.host",
+    "condition": "fallow.core.accompany",
+    "config_of": "fallow.core.peft_host",
+    "detach": "fallow.core.host",
+    "disabled": "fallow.core.host",
     "from_sparse": "fallow.selection.peft_sparse",
+    "hotswap": "fallow.core.peft_host.hotswap",
+    "load": "fallow.deltas",
+    "merge": "fallow.core.host",
     "methods": "fallow.catalogue",
+    "mixed": "fallow.core.host",
+    "penalty": "fallow.core.accompany",
+    "save": "fallow.core.host",
+    "set_scale": "fallow.core.host",
     "step": "fallow.core.schedule",
     "to_sparse": "fallow.selection.peft_sparse",
+    "unmerge": "fallow.core.host",
 }
 after_import("peft", "fallow.selection.peft_config")
 after_import("peft", "fallow.deltas._peft")

@@ -1,7 +1,14 @@
-"""The weight parameterizations, one file each. Importing this package makes all of them known by name."""
+"""The weight parameterizations, one file each. Importing this package makes all of them known by name.
+
+`attach` and `load` are those of `fallow.core.host`; by way of this package they know every name.
+"""
 
 from importlib import import_module
 from pkgutil import iter_modules
+
+from fallow.core.host import attach, load
+
+__all__ = ["attach", "load"]
 
 for _module in iter_modules(__path__):
     if not _module.name.startswith("_"):  # what needs PEFT
