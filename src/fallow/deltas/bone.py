@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fallow.core.delta import Delta, MethodOptions, Mode, Site, number, one_of, whole
 from fallow.core.errors import ConfigError
+from fallow.core.factored import through
 from fallow.core.views import ConvView, EmbeddingView
 
 
@@ -32,6 +33,7 @@ class Bone(Delta):
     name = "bone"
     mode: ClassVar[Mode] = "add"  # of miss and mini; a layer's own is "weight" in bat
     exact: ClassVar[bool] = True
+    any_dtype = True  # S is summed in the dtype of D: no float32 copy of a half-precision x, and no overflow of S
 
     @dataclasses.dataclass(kw_only=True)
     class Options(MethodOptions):
@@ -62,11 +64,6 @@ class Bone(Delta):
         if self.o.kind == "mini" and out % q:
             raise ConfigError(f"mini_rank={q} must divide the {out} outputs of '{site.name}' for kind='mini'")
         self.shared_block = nn.Parameter(torch.zeros(min(r, width), q if self.o.kind == "mini" else out))
-
-    def _layout(self) -> None:
-        super()._layout()
-        # S is summed in the dtype of D from x as it is: no float32 copy of a half-precision x, and no overflow of S
-        self.has_inputs = self.has_inputs and self.drop > 0
 
     # -- miss and mini ------------------------------------------------------------------------------------------------
 
@@ -104,14 +101,13 @@ class Bone(Delta):
 
     def _convolved(self, x: Tensor, view: ConvView) -> Tensor:
         block, taps = self._block(), view.kernel[1:].numel()
-        x = x.to(block.dtype) if not torch.is_autocast_enabled(x.device.type) else x
         if block.shape[0] % taps:
             b, a = self.factors()
-            return view.up(view.down(x, a), b)
+            return through(view, x, a, b)
         narrow, channels = copy.copy(view), block.shape[0] // taps
         narrow.kernel = torch.Size((channels, *view.kernel[1:]))
         groups = x.unflatten(1, (view.groups, -1))
-        return narrow.op(_shard_sum(groups, channels, 2, x.dtype).flatten(1, 2), block.T)
+        return narrow.op(_shard_sum(groups, channels, 2, block.dtype).flatten(1, 2), block.T)
 
     # -- bat ----------------------------------------------------------------------------------------------------------
 
