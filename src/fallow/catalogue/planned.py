@@ -80,8 +80,6 @@ PLANNED: tuple[tuple[str, str, str, Idea, str], ...] = (
      "all task LoRAs in one model, chosen by a router for each token"),
     ("mos", "MoS: Unleashing Parameter Efficiency of Low-Rank Adaptation with Mixture of Shards", "2410.00938",
      "delta", "all layers draw their low-rank vectors from one pool of shards"),
-    ("mosa", "Split & Merge: Unlocking the Potential of Visual Adapters via Sparse Training (first: MoSA)",
-     "2312.02923", "delta", "an adapter split into disjoint sparse experts while training, merged after"),
     ("mugs", "Mugs: A Multi-Granular Self-Supervised Learning Framework", "2203.14415", "recipe",
      "self-supervised pretraining at the level of instance, group and class"),
     ("nola", "NOLA: Compressing LoRA using Linear Combination of Random Basis", "2310.02556", "delta",
