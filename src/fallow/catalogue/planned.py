@@ -52,8 +52,6 @@ PLANNED: tuple[tuple[str, str, str, Idea, str], ...] = (
      "delta", "a small core between two spectral projections: fewer parameters, fewer activations"),
     ("lisa", "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning",
      "2403.17919", "update rule", "a few random blocks are trained at a time, changed every so many steps"),
-    ("loca", "LoCA: Location-Aware Cosine Adaptation for Parameter-Efficient Fine-Tuning", "2502.06820", "delta",
-     "the update is a few cosine components, whose places are trained too"),
     ("loku", "Towards Robust and Parameter-Efficient Knowledge Unlearning for LLMs", "2408.06621", "objective",
      "forgets a given set with a bounded loss, from a start that points at it"),
     ("loldu", "LoLDU: Low-Rank Adaptation via Lower-Diag-Upper Decomposition for Parameter-Efficient Fine-Tuning",
