@@ -93,8 +93,6 @@ PLANNED: tuple[tuple[str, str, str, Idea, str], ...] = (
      "2503.16055", "delta", "scales the large singular values, adds a low rank to the rest; for segmentation"),
     ("sltrain", "SLTrain: a sparse plus low-rank approach for parameter and memory efficient pretraining",
      "2406.02214", "delta", "pretraining with every weight as low rank plus a fixed sparse support"),
-    ("smora", "Each Rank Could be an Expert: Single-Ranked Mixture of Experts LoRA for Multi-Task Learning",
-     "2501.15103", "delta", "every rank of one LoRA is an expert; a few are active for each token"),
     ("tlora", "Transformed Low-rank Adaptation via Tensor Decomposition and Its Applications to Text-to-image Models",
      "2501.08727", "delta", "a cheap full-rank transform of the weight, then a tiny residual"),
     ("trans-lora", "Trans-LoRA: towards data-free Transferable Parameter Efficient Finetuning", "2405.17258",

@@ -38,6 +38,7 @@ from fallow.deltas.lora import LoRA
 class DyLoRA(LoRA):
     name = "dylora"
     supports = ("linear", "conv", "embedding")
+    any_dtype = True
     steps: Tensor
 
     @dataclasses.dataclass(kw_only=True)
@@ -86,10 +87,6 @@ class DyLoRA(LoRA):
             self.register_parameter(f"A{i}", nn.Parameter(rows.clone(), trained))
             self.register_parameter(f"B{i}", nn.Parameter(columns.clone(), trained))
 
-    def _layout(self) -> None:
-        super()._layout()
-        self.any_dtype = True
-
     def draw(self, step: int) -> int:
         """The rank of the step after step number `step`."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
@@ -137,7 +134,7 @@ class DyLoRA(LoRA):
         return torch.cat(columns, 1) * (self.o.alpha / rank), torch.cat(rows)
 
     def importance(self) -> Tensor:
-        """What a cut at each rank loses at most: the sum of s |B_k| |A_k| from it on, which falls, ranks being nested."""
+        """What a cut at each rank loses at most: the sum of s |B_k| |A_k| from it on, so it falls."""
         b, a = self._at(self.o.rank)
         return (b.norm(dim=0) * a.norm(dim=1)).detach().flip(0).cumsum(0).flip(0)
 
