@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from one_layer import LAYERS, OneLayer, inputs
-from ranks import run_ranks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fallow.core.errors import ConfigError, ModelError
 from fallow.deltas.smora import SMoRA
+from ranks import run_ranks
 
 KINDS = ["linear", "wide", "conv", "conv1d", "grouped"]
 
