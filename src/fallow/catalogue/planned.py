@@ -48,8 +48,6 @@ PLANNED: tuple[tuple[str, str, str, Idea, str], ...] = (
      "finds the new leading directions that mark forgetting, and scales them down"),
     ("kasa", "KaSA: Knowledge-Aware Singular-Value Adaptation of Large Language Models", "2412.06071", "delta",
      "cleans the base of its smallest directions and learns an update in SVD form"),
-    ("lamda", "LaMDA: Large Model Fine-Tuning via Spectrally Decomposed Low-Dimensional Adaptation", "2406.12832",
-     "delta", "a small core between two spectral projections: fewer parameters, fewer activations"),
     ("lisa", "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning",
      "2403.17919", "update rule", "a few random blocks are trained at a time, changed every so many steps"),
     ("loku", "Towards Robust and Parameter-Efficient Knowledge Unlearning for LLMs", "2408.06621", "objective",
