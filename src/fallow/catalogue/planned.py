@@ -46,8 +46,6 @@ PLANNED: tuple[tuple[str, str, str, Idea, str], ...] = (
      "2308.12043", "start and budget", "every module starts at rank 1 and grows where it matters"),
     ("intruder-dimensions", "LoRA vs Full Fine-tuning: An Illusion of Equivalence", "2410.21228", "analysis",
      "finds the new leading directions that mark forgetting, and scales them down"),
-    ("kasa", "KaSA: Knowledge-Aware Singular-Value Adaptation of Large Language Models", "2412.06071", "delta",
-     "cleans the base of its smallest directions and learns an update in SVD form"),
     ("lisa", "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning",
      "2403.17919", "update rule", "a few random blocks are trained at a time, changed every so many steps"),
     ("loku", "Towards Robust and Parameter-Efficient Knowledge Unlearning for LLMs", "2408.06621", "objective",
