@@ -119,6 +119,17 @@ def test_steps_are_optimizer_steps_whatever_the_accumulation_and_a_whole_number_
     assert not model.delta.shift.requires_grad
 
 
+def test_a_copy_of_a_model_keeps_its_frozen_columns_too():
+    model = on(nn.Linear(12, 20), freeze=8)
+    train(model, 4)
+    twin = copy.deepcopy(model)
+    optimizer = train(twin, 1, first=4, weight_decay=0.1)
+    before = twin.delta.shift.detach().clone()
+    train(twin, 2, first=5, optimizer=optimizer)
+    assert torch.equal(twin.delta.shift[:, :2], before[:, :2])
+    assert not torch.equal(twin.delta.shift[:, 3], before[:, 3])
+
+
 def test_a_frozen_column_has_no_gradient_that_clipping_would_count():
     model = on(nn.Linear(12, 20))
     model.delta.randomize()

@@ -21,13 +21,13 @@ class PartlyFrozen(Protocol):
     def frozen_columns(self) -> tuple[nn.Parameter, Tensor]: ...
 
 
-_OWNERS: list[weakref.ref[PartlyFrozen]] = []
+_OWNERS: weakref.WeakSet[PartlyFrozen] = weakref.WeakSet()
 _KEPT: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}  # by optimizer, between the two hooks of one step
 
 
 def keep_frozen(owner: PartlyFrozen) -> None:
     """From now on, in every step of every optimizer, for as long as `owner` lives."""
-    _OWNERS.append(weakref.ref(owner))
+    _OWNERS.add(owner)
     _hook_all_optimizers()
 
 
@@ -38,12 +38,9 @@ def _hook_all_optimizers() -> None:
 
 
 def _before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    _OWNERS[:] = [ref for ref in _OWNERS if ref() is not None]
     held = {id(param) for group in optimizer.param_groups for param in group["params"]}
     kept = []
-    for ref in _OWNERS:
-        if (owner := ref()) is None:
-            continue
+    for owner in list(_OWNERS):
         param, columns = owner.frozen_columns()
         if id(param) not in held:
             continue

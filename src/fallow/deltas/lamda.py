@@ -10,8 +10,8 @@ leading singular triples U, s, V of W (out, in):
 
 `core`, `shift` are trained: S - S0 and B - B0, which start at zero. Thus the start is W bit for bit in any precision (a
 residual W - B0 S0 A would not be, in bf16) and weight decay draws to W, not to a W without its leading subspace. S is
-trained throughout; of B, floor(r t / T_i) columns are frozen at step t (from 0), T_i = freeze * total, that of the largest
-singular value first. The paper's text could not be read in full: the split of s and this order are options.
+trained throughout; of B, floor(r t / T_i) columns are frozen at step t (from 0), T_i = freeze * total, from the
+largest singular value on. The paper's text could not be read in full: the split of s and this order are options.
 
 LaMDA++, a rank for each layer from the spectra alone, is `fallow.core.spectra.ranks_by_energy`.
 """
@@ -120,6 +120,7 @@ class LaMDA(Delta):
             last = round(self.o.freeze * total)
         count = self.o.rank if step >= last else self.o.rank * step // last
         self.frozen.fill_(count)
+        keep_frozen(self)  # copies of a model are told here
         # DDP waits for a gradient of all that was trained at its start: there, B stays and is put back in each step
         if count == self.o.rank and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             self.shift.requires_grad_(False)
