@@ -78,9 +78,6 @@ PLANNED: tuple[tuple[str, str, str, Idea, str], ...] = (
      "self-supervised pretraining at the level of instance, group and class"),
     ("nola", "NOLA: Compressing LoRA using Linear Combination of Random Basis", "2310.02556", "delta",
      "an adapter of any size: coefficients of random bases, and a seed"),
-    ("pego", "Learn to Preserve and Diversify: Parameter-Efficient Group with Orthogonal Regularization for Domain "
-     "Generalization", "2407.15085", "objective",
-     "a group of LoRAs kept orthogonal to the base and to each other, for unseen domains"),
     ("pela", "PELA: Learning Parameter-Efficient Models with Low-Rank Approximation", "2310.10700", "compress",
      "a smaller pretrained model: factorised, then briefly trained to follow the original"),
     ("s-lora", "S-LoRA: Serving Thousands of Concurrent LoRA Adapters", "2311.03285", "serving",
@@ -95,8 +92,6 @@ PLANNED: tuple[tuple[str, str, str, Idea, str], ...] = (
      "transfer", "moves a LoRA to another base model without its training data"),
     ("trp", "TRP: Trained Rank Pruning for Efficient Deep Neural Networks", "2004.14566", "compress",
      "trains weights to be low-rank, so that decomposing them costs nearly nothing"),
-    ("wara", "WaRA: Wavelet Low Rank Adaptation", "2506.24092", "delta",
-     "half-size factors in a wavelet domain"),
     ("welore", "From Low Rank Gradient Subspace Stabilization to Low-Rank Weights: Observations, Theories, and "
      "Applications", "2407.11239", "compress",
      "truncates each matrix at its own rank, and fine-tunes the low-rank ones only"),
