@@ -80,6 +80,10 @@ class Site:
             raise ModelError(f"the weight of '{self.name}' holds NaN or infinite values; mend the base or exclude it")
         return weight
 
+    def stored(self) -> Tensor:
+        """(out, in): the frozen weight as it is now, dequantised, in its own dtype; to be asked in training too."""
+        return self.view.read(self._read().detach())
+
     def generator(self, salt: str = "", shared: bool = False) -> torch.Generator:
         """For frozen random tensors: the same in every process. `shared`: also the same in every layer."""
         return torch.Generator().manual_seed(self.key(salt, shared))
