@@ -16,7 +16,6 @@ from fallow.core.delta import Delta, method_of
 from fallow.core.errors import ConfigError, nearest
 from fallow.core.host.gradients import FirstStep
 from fallow.core.host.holder import (
-    SHARED,
     needed,
     prepare,
     refuse_merged,
@@ -91,8 +90,9 @@ def detach(model: nn.Module, *names: str) -> nn.Module:
     for name in gone:
         del shared.specs[name], shared[name]
     restore(root)
+    shared.show(root)
     if not shared.specs:
-        del root._modules[SHARED]
+        shared.hide(root)
         take_slow_path(root)
         before = set(shared.trained_before)
         for name, param in root.named_parameters():

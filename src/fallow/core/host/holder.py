@@ -32,18 +32,37 @@ class Spec:
 
 
 class Shared(nn.ModuleDict):
-    """For each adapter the tensors that its layers share, and how it was made."""
+    """For each adapter the tensors that its layers share, and how it was made.
+
+    A child of the root while there are such tensors, otherwise hidden from torch, so that an nn.Sequential has as many
+    children as before.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.specs: dict[str, Spec] = {}
         self.trained_before = [name for name, param in model.named_parameters() if param.requires_grad]
 
+    def forward(self, x: Any) -> Any:
+        """As the last child of an nn.Sequential."""
+        return x
+
+    def show(self, root: nn.Module) -> None:
+        """Be found at the root of the model."""
+        root.__dict__[SHARED] = self
+        root._modules.pop(SHARED, None)
+        if next(self.parameters(), None) is not None or next(self.buffers(), None) is not None:
+            root._modules[SHARED] = self
+
+    def hide(self, root: nn.Module) -> None:
+        root.__dict__.pop(SHARED, None)
+        root._modules.pop(SHARED, None)
+
 
 def root_of(model: nn.Module) -> tuple[nn.Module, Shared] | None:
     """The module that adapters were attached to, also inside DDP, torch.compile or another wrapper."""
     for module in model.modules():
-        if isinstance(shared := module._modules.get(SHARED), Shared):
+        if isinstance(shared := module.__dict__.get(SHARED), Shared):
             return module, shared
     return None
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from fallow.core.accompany import accompany
 from fallow.core.delta import Delta
-from fallow.core.host.holder import SHARED, Prepared, Shared, root_of
+from fallow.core.host.holder import Prepared, Shared, root_of
 from fallow.core.host.layer import Adapted, AdaptedReader, Adapters, adapted
 from fallow.core.host.targets import Spot
 from fallow.core.host.tied import Tied
@@ -22,7 +22,6 @@ def install(model: nn.Module, made: Prepared, every: Sequence[Spot]) -> list[Del
         shared = Shared(model)
         for param in model.parameters():
             param.requires_grad_(False)
-        model.add_module(SHARED, shared)
     else:
         shared = found[1]
     for spot, delta in made.deltas:
@@ -34,6 +33,7 @@ def install(model: nn.Module, made: Prepared, every: Sequence[Spot]) -> list[Del
                     follow(other, site)
     shared.specs[made.name] = made.spec
     shared[made.name] = made.common
+    shared.show(model)
     deltas = [delta for _, delta in made.deltas]
     accompany(model, deltas, made.spec.penalty)
     return deltas

@@ -22,9 +22,9 @@ class Tied:
     """In the place of Adapters at a follower, which sees the weight through `view`."""
 
     def __init__(self, leader: Adapters, view: View) -> None:
-        self.leader, self.key = leader, leader.key
+        self.leader, self.key, self.view = leader, leader.key, view
         self.alike = type(view) is type(leader.view) and not isinstance(view, ConvView)
-        self.view = leader.view if self.alike else cast(View, _TiedView(leader.view, view))
+        self.turned = isinstance(view, TransposedView) != isinstance(leader.view, TransposedView)
 
     @property
     def rows(self) -> list[str] | None:
@@ -46,29 +46,16 @@ class Tied:
         acting = [(delta, scale) for delta, scale in acting if delta.mode != "output"]
         if self.alike:
             return acting
-        view = cast(_TiedView, self.view)
-        return [(cast(Delta, _TiedDelta(delta, view)), scale) for delta, scale in acting]
+        return [(cast(Delta, _Follower(delta, self.view, self.turned)), scale) for delta, scale in acting]
 
 
-class _TiedView:
-    """Matrices are the leader's, x is the follower's."""
+class _Follower:
+    """What the engine asks of a Delta, on a follower's x and with its matrix; `turned`: the leader's transpose."""
 
-    def __init__(self, leader: View, own: View) -> None:
-        self.leader, self.own, self.kind = leader, own, own.kind
-        self.turned = isinstance(leader, TransposedView) != isinstance(own, TransposedView)
+    output = None
 
-    def read(self, weight: Tensor) -> Tensor:
-        return self.leader.read(weight)
-
-    def op(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.own.op(x, matrix.T if self.turned else matrix, bias)
-
-
-class _TiedDelta:
-    """What the engine asks of a Delta, on a follower's x."""
-
-    def __init__(self, delta: Delta, view: _TiedView) -> None:
-        self.delta, self.view = delta, view
+    def __init__(self, delta: Delta, view: View, turned: bool) -> None:
+        self.delta, self.view, self.turned = delta, view, turned
         self.has_inputs = view.kind != "embedding"
         self.drop = delta.drop if self.has_inputs else 0.0
         self.any_dtype = delta.exact
@@ -76,10 +63,14 @@ class _TiedDelta:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.delta, name)
 
+    def new_weight(self, w: Tensor, scale: float = 1.0) -> Tensor:
+        return self.delta.new_weight(w.T, scale).T if self.turned else self.delta.new_weight(w, scale)
+
     def delta_forward(self, x: Tensor) -> Tensor:
         if not self.delta.exact:
-            return self.view.op(x, self.delta.delta_weight())
+            change = self.delta.delta_weight()
+            return self.view.op(x, change.T if self.turned else change)
         b, a = self.delta.factors()
-        if self.view.turned:
+        if self.turned:
             b, a = a.T, b.T
-        return through(self.view.own, x, a, b)
+        return through(self.view, x, a, b)
