@@ -23,6 +23,12 @@ def test_numbers_stay_the_same_for_ever() -> None:
     assert noise.bits(0, rows, rows).tolist() == [[-2069283264, -1284382020], [585959137, 1218276851]]
 
 
+def test_compiled_code_gets_the_same_numbers() -> None:
+    """Fused with other operators, the hash would be computed in 64 bits."""
+    compiled = torch.compile(lambda: noise.part(5, range(3, 20), 33), fullgraph=True)
+    assert torch.equal(compiled(), noise.matrix(5, (20, 33))[3:])
+
+
 def test_they_are_uniform_and_independent_between_rows_columns_and_keys() -> None:
     one, other = noise.matrix(1, (512, 4096)), noise.matrix(2, (512, 4096))
     assert abs(one.mean().item()) < 2e-3

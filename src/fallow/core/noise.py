@@ -10,11 +10,15 @@ keys of the row before and between them. In a row no two numbers are equal.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
 FIRST, SECOND = 0x7FEB352D, 0x846CA68B - 2**32
-BLOCK = 2**17  # numbers that are made at once; their int32 work space stays in a processor's cache
+BLOCK = 2**17  # numbers that a CPU makes at once: the work space stays in its cache
+WIDER = 32  # how many times as many others do, whose time goes by the number of calls
 
 
 def bits(key: int, rows: Tensor, columns: Tensor) -> Tensor:
@@ -23,29 +27,66 @@ def bits(key: int, rows: Tensor, columns: Tensor) -> Tensor:
     return _mix(columns, _mix(rows, one, two)[:, None], _mix(rows, three, four)[:, None])
 
 
-def uniform(key: int, rows: range, columns: int, device: torch.device | None = None) -> Tensor:
+def uniform(key: int, rows: range, columns: int, device: torch.device = CPU) -> Tensor:
     """float32 (rows, columns) in [-1, 1]: these rows of the key's matrix, its first columns."""
-    row = torch.arange(rows.start, rows.stop, dtype=torch.int32, device=device)
+    return _uniform(key, rows.start, rows.stop, columns, device)
+
+
+# Opaque to torch.compile, which would count on in more than 32 bits where these wrap.
+@torch.library.custom_op("fallow::uniform", mutates_args=())
+def _uniform(key: int, start: int, stop: int, columns: int, device: torch.device) -> Tensor:
+    row = torch.arange(start, stop, dtype=torch.int32, device=device)
     column = torch.arange(columns, dtype=torch.int32, device=device)
     return bits(key, row, column).to(torch.float32).mul_(2.0**-31)
 
 
-def matrix(key: int, shape: tuple[int, int], zeros: float = 0.0, device: torch.device | None = None) -> Tensor:
+@_uniform.register_fake
+def _(key: int, start: int, stop: int, columns: int, device: torch.device) -> Tensor:
+    return torch.empty(stop - start, columns, device=device)
+
+
+def matrix(key: int, shape: tuple[int, int], zeros: float = 0.0, device: torch.device = CPU) -> Tensor:
     """float32 of this shape, of variance 1: uniform, or {-c, 0, c} with this share of zeros if it is above 0."""
     out = torch.empty(shape, device=device)
-    for rows in blocks(*shape):
-        drawn = uniform(key, rows, shape[1], device)
-        if zeros:
-            drawn = torch.where(drawn.abs() < zeros, 0.0, drawn.sign() * (1.0 - zeros) ** -0.5)
-        else:
-            drawn *= 3.0**0.5
-        out[rows.start : rows.stop] = drawn
+    for rows in blocks(*shape, device):
+        out[rows.start : rows.stop] = part(key, rows, shape[1], zeros, device)
     return out
 
 
-def blocks(rows: int, columns: int) -> list[range]:
-    """The rows in runs of about BLOCK numbers."""
-    step = max(1, BLOCK // max(1, columns))
+def part(key: int, rows: range, columns: int, zeros: float = 0.0, device: torch.device = CPU) -> Tensor:
+    """These rows of a matrix."""
+    drawn = uniform(key, rows, columns, device)
+    if zeros:
+        return torch.where(drawn.abs() < zeros, 0.0, drawn.sign() * (1.0 - zeros) ** -0.5)
+    return drawn.mul_(3.0**0.5)
+
+
+def combine(key: int, coefficients: Tensor, columns: int) -> Tensor:
+    """coefficients (rows,) @ matrix (rows, columns), of which a few rows exist at a time, now and in the backward."""
+    return cast(Tensor, _Combine.apply(key, coefficients, columns))
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, key: int, coefficients: Tensor, columns: int) -> Tensor:
+        ctx.key, ctx.number, ctx.columns = key, len(coefficients), columns
+        out = coefficients.new_zeros(columns)
+        for rows in blocks(len(coefficients), columns, out.device):
+            out += coefficients[rows.start : rows.stop] @ part(key, rows, columns, device=out.device).to(out.dtype)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        found = [
+            part(ctx.key, rows, ctx.columns, device=grad.device).to(grad.dtype) @ grad
+            for rows in blocks(ctx.number, ctx.columns, grad.device)
+        ]
+        return None, torch.cat(found), None
+
+
+def blocks(rows: int, columns: int, device: torch.device) -> list[range]:
+    """The rows in runs of about BLOCK numbers, or more where that is no CPU."""
+    step = max(1, BLOCK * (1 if device.type == "cpu" else WIDER) // max(1, columns))
     return [range(start, min(rows, start + step)) for start in range(0, rows, step)]
 
 
