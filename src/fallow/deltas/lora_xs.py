@@ -2,7 +2,7 @@
 
 "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters", arXiv 2405.17604.
 
-    W' = W + s B R A    A = S V^T (r, in) and B = U (out, r) of the leading triples of W, frozen; R (r, r); s = alpha / r
+    W' = W + s B R A    A = S V^T (r, in) and B = U (out, r) of leading triples of W, frozen; R (r, r); s = alpha / r
 
 R starts at zero; the paper draws it with a deviation of 1e-5, which moves the output for nothing, since the gradient of
 R, B^T g A^T, is not zero at zero. The backward keeps r numbers a token: x is not needed where A is frozen.
