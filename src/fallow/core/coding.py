@@ -87,10 +87,17 @@ class PackedIndex:
 
     def decode(self) -> Tensor:
         """(k,) the indices; where they are kept unpacked the very tensor, so change nothing in it."""
-        if self.counts is None:
-            return self.low
-        index = torch.repeat_interleave(self.counts.to(self.dtype), output_size=self.size).mul_(1 << self.bits)
-        return index.add_(self.low) if self.bits == 8 else index.add_(self.low).add_(1 << (self.bits - 1))
+        return unpack(self.low, self.counts, self.numel)
+
+
+def unpack(low: Tensor, counts: Tensor | None, numel: int) -> Tensor:
+    """(k,) the indices of a PackedIndex, from what it keeps; for those who keep it as buffers of a module."""
+    if counts is None:
+        return low
+    index = torch.repeat_interleave(counts.to(torch.int32 if numel < NARROW else torch.int64), output_size=len(low))
+    if low.dtype == torch.uint8:
+        return index.mul_(1 << 8).add_(low)
+    return index.mul_(1 << 16).add_(low).add_(1 << 15)
 
 
 def packed(size: int, numel: int) -> tuple[int, int]:
