@@ -288,7 +288,7 @@ def test_ranks_scales_and_any_option_are_told_by_module():
         ({"rank_pattern": {"7": 2}}, "rank_pattern: '7' fits no adapted module; they are 0, 2, 4"),
         ({"patterns": {"0": {"ranks": 2}}}, "'lora' has no option ranks=2"),
         ({"patterns": {"(": {"rank": 2}}}, r"patterns: '\(' is no regular expression"),
-        ({"penalty": "always"}, "penalty='always' must be one of"),
+        ({"own_loss": "always"}, "own_loss='always' must be one of"),
         ({"target_modules": None}, "target_modules=None adapts nothing"),
         ({"target_modules": ["5"]}, "5"),
         ({"fused": {"0": 3}}, "fused=3 does not divide the 8 rows"),
@@ -476,7 +476,7 @@ def test_models_take_adapters_without_a_wrapper_and_give_them_back(x: Tensor):
 
 def test_a_term_of_the_objective_reaches_any_torch_optimizer_and_can_be_left_to_the_user(x: Tensor):
     for penalty in ("step", "manual"):
-        model = get_peft_model(mlp(), fallow.PEGOConfig(target_modules=["0"], rank=2, penalty=penalty))
+        model = get_peft_model(mlp(), fallow.PEGOConfig(target_modules=["0"], rank=1, group=2, own_loss=penalty))
         stir(model)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
         (0.0 * model(x).sum()).backward()

@@ -34,7 +34,7 @@ class Acting:
             return call(*args, **kwargs)
         base: Any = layer.base_layer
         depth = ""
-        while hasattr(base, "base_layer"):  # another adapter around the same module
+        while "base_layer" in base._modules:  # another adapter around the same module
             base, depth = base.base_layer, depth + "base_layer."
         if layer is not self.layer and type(view := view_of(base, layer.tensor)) is not type(self.view):
             return self._tied(layer, view, active, call, depth, *args, **kwargs)

@@ -38,7 +38,7 @@ class DeltaConfig(FallowConfig):
     `patterns`, `rank_pattern`, `alpha_pattern`: options of single modules, by regular expressions that match the end of
     their names. `fused`: {expression: number of equal row blocks, or their sizes} for layers that hold several
     projections, each of which gets a Delta of its own. `target_parameters`: weights of two or more dimensions that
-    their module reads itself, such as stacks of experts. `init_weights=False`: start from a random change. `penalty`:
+    their module reads itself, such as stacks of experts. `init_weights=False`: start from a random change. `own_loss`:
     whether the method's term of the objective is added before each optimizer step, or by the user ("manual").
     """
 
@@ -49,7 +49,7 @@ class DeltaConfig(FallowConfig):
     target_parameters: list[str] | None = None
     trainable_token_indices: Any = None
     init_weights: bool = True
-    penalty: Penalty = "step"
+    own_loss: Penalty = "step"
     in_place: ClassVar[bool] = False
     delta: ClassVar[type[Delta]]
 
@@ -57,7 +57,7 @@ class DeltaConfig(FallowConfig):
         if self.target_modules == "all-linear" and self.target_parameters:
             self.target_modules = []
         super().__post_init__()
-        one_of("penalty", self.penalty, ("step", "manual"))
+        one_of("own_loss", self.own_loss, ("step", "manual"))
         for name, patterns in self._by_module():
             for pattern in patterns:
                 try:
@@ -110,7 +110,7 @@ class DeltaConfig(FallowConfig):
             if not self.init_weights:
                 delta.randomize()
             made[site.key] = delta.to(place.device)
-        accompany(model, [d for d in made.values() if isinstance(d, Delta)], self.penalty)
+        accompany(model, [d for d in made.values() if isinstance(d, Delta)], self.own_loss)
         return made
 
     def _check_base(self, model: nn.Module, sites: Sequence[contract.Site]) -> None:

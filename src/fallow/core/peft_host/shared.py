@@ -41,6 +41,10 @@ class Shared(nn.Module, Holder):
         holder.fallow_delta[adapter_name] = common.to(like.parameter.device).requires_grad_(trained)
         holder._active_adapter = like._active_adapter
 
+    def forward(self, x: Any) -> Any:
+        """x: a Sequential runs all that it holds."""
+        return x
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Nothing of it is in a weight; the layers merge."""
 
