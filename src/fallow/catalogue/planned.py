@@ -48,8 +48,6 @@ PLANNED: tuple[tuple[str, str, str, Idea, str], ...] = (
      "2403.17919", "update rule", "a few random blocks are trained at a time, changed every so many steps"),
     ("loku", "Towards Robust and Parameter-Efficient Knowledge Unlearning for LLMs", "2408.06621", "objective",
      "forgets a given set with a bounded loss, from a start that points at it"),
-    ("loldu", "LoLDU: Low-Rank Adaptation via Lower-Diag-Upper Decomposition for Parameter-Efficient Fine-Tuning",
-     "2410.13618", "delta", "r + 1 numbers per layer between the factors of an LU decomposition"),
     ("lora-ga", "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", "2407.05000", "start and budget",
      "LoRA starts so that its first update points along the full gradient"),
     ("lora-ggpo", "LoRA-MGPO: Mitigating Double Descent in Low-Rank Adaptation via Momentum-Guided Perturbation "
@@ -78,8 +76,6 @@ PLANNED: tuple[tuple[str, str, str, Idea, str], ...] = (
      "a smaller pretrained model: factorised, then briefly trained to follow the original"),
     ("s-lora", "S-LoRA: Serving Thousands of Concurrent LoRA Adapters", "2311.03285", "serving",
      "one base and many adapters, answered in one batch"),
-    ("tlora", "Transformed Low-rank Adaptation via Tensor Decomposition and Its Applications to Text-to-image Models",
-     "2501.08727", "delta", "a cheap full-rank transform of the weight, then a tiny residual"),
     ("trans-lora", "Trans-LoRA: towards data-free Transferable Parameter Efficient Finetuning", "2405.17258",
      "transfer", "moves a LoRA to another base model without its training data"),
     ("trp", "TRP: Trained Rank Pruning for Efficient Deep Neural Networks", "2004.14566", "compress",
