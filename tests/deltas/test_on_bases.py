@@ -19,6 +19,8 @@ METHODS = {
     "svfit": {},
     "svfit few": {"rank": 3},
     "kasa": {"rank": 3},
+    "loldu": {},
+    "loldu few": {"rank": 3, "init": "lu"},
     "salt": {"top": 4, "rank": 2},
     "salt diag": {"top": 4, "rank": 2, "relu": "diag"},
     "salt none": {"top": 4, "rank": 2, "relu": "none"},
@@ -131,7 +133,7 @@ def test_saved_basis_makes_the_file_its_own_proof(method: str) -> None:
         other.delta.load_state_dict(plain)
 
 
-TOKEN = {"svfit": 48, "svfit few": 3, "salt": 48, "salt diag": 48, "salt none": 64 + 6}
+TOKEN = {"svfit": 48, "svfit few": 3, "loldu": 48, "loldu few": 3, "salt": 48, "salt diag": 48, "salt none": 64 + 6}
 
 
 @pytest.mark.parametrize("method", ON_BASES)
