@@ -33,8 +33,9 @@ def test_output_is_unchanged_at_the_start(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ALL)
-def test_layer_is_w_plus_diag_b_b_diag_d_a_in_values_and_gradients(kind: str) -> None:
-    model, x = adapted(kind, rank=5)
+@pytest.mark.parametrize("rank", [1, 5])  # with b folded into B, and apart
+def test_layer_is_w_plus_diag_b_b_diag_d_a_in_values_and_gradients(kind: str, rank: int) -> None:
+    model, x = adapted(kind, rank=rank)
     layer, delta = model.layer, model.delta
     d, b = (p.detach().clone().requires_grad_() for p in (delta.d, delta.b))
     change = torch.diag(b) @ model.common.B @ torch.diag(d) @ model.common.A
@@ -110,7 +111,7 @@ def test_parameter_count_is_rank_and_one_for_each_output(kind: str) -> None:
 
 def test_backward_keeps_a_few_numbers_a_token_and_nothing_of_the_layers_width() -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        model, x = adapted("linear", dtype, rank=2)
+        model, x = adapted("linear", dtype, rank=2)  # folded, at most an eighth of 20
         skip = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.common.buffers()]}
         held: dict[int, int] = {}
 

@@ -8,7 +8,8 @@ A (r, largest in) and B (largest out, r) are the same in all layers, which take 
 uniform in +-sqrt(6 / fan in), A drawn first and B after it from one generator of the seed: those that PEFT draws for
 `projection_prng_key` = seed, so its files, with or without the two, are ours with lambda_d = d and lambda_b = b.
 
-b is folded into B, so the backward keeps x times A, r numbers a token, and nothing of the layer's width.
+Where r is at most an eighth of out, b is folded into B: the backward keeps r numbers a token and nothing of the layer's
+width. Above that the product which folding adds to the backward costs more time than it is worth.
 """
 
 from __future__ import annotations
@@ -74,7 +75,10 @@ class VeRA(Delta):
 
     def delta_forward(self, x: Tensor) -> Tensor:
         b, a = self.projections()
-        return self.view.up(self.view.scale(down(self.view, x, a), self.d), self.b.unsqueeze(1) * b)
+        h = self.view.scale(down(self.view, x, a), self.d)
+        if 8 * a.shape[0] <= b.shape[0]:
+            return self.view.up(h, self.b.unsqueeze(1) * b)
+        return self.view.scale(self.view.up(h, b), self.b)
 
     @classmethod
     def parameter_count(cls, shape: tuple[int, int], options: Any) -> int:
