@@ -68,8 +68,6 @@ PLANNED: tuple[tuple[str, str, str, Idea, str], ...] = (
      "prunes heads and channels while LoRA trains, without gradients of the base"),
     ("meteora", "MeteoRA: Multiple-tasks Embedded LoRA for Large Language Models", "2405.13053", "compose",
      "all task LoRAs in one model, chosen by a router for each token"),
-    ("mos", "MoS: Unleashing Parameter Efficiency of Low-Rank Adaptation with Mixture of Shards", "2410.00938",
-     "delta", "all layers draw their low-rank vectors from one pool of shards"),
     ("mugs", "Mugs: A Multi-Granular Self-Supervised Learning Framework", "2203.14415", "recipe",
      "self-supervised pretraining at the level of instance, group and class"),
     ("pela", "PELA: Learning Parameter-Efficient Models with Low-Rank Approximation", "2310.10700", "compress",
