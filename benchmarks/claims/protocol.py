@@ -40,6 +40,7 @@ from fallow.core import schedule
 RESULTS = Path(__file__).parents[1] / "results"
 LRS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SWEEP_SEEDS = (1000, 1001)  # none of those that are reported
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 SAMPLES, HELD_OUT = 1000, 300  # the rest, 497, is the test
 
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -65,7 +66,8 @@ class Setting:
 @dataclass(frozen=True)
 class Contender:
     """`method`: a Delta's name with its options, or "full" (every weight). `lr_factors`: {last part of a parameter's
-    name: factor}. `lrs`: its own rates to try. `patterns`: as of `fallow.attach`.
+    name: factor}. `lrs`: its own rates to try. `patterns`: as of `fallow.attach`. `loss(model, x, y)`: None for the
+    cross entropy.
     """
 
     label: str
@@ -74,6 +76,7 @@ class Contender:
     lr_factors: Mapping[str, float] = field(default_factory=dict)
     lrs: Sequence[float] | None = None
     patterns: Mapping[str, Mapping[str, Any]] | None = None
+    loss: Loss | None = None
 
 
 @dataclass(frozen=True)
@@ -116,10 +119,15 @@ def network(net: str) -> Network:
     )  # fmt: skip
 
 
+def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(x), y)
+
+
 def learn(
-    model: nn.Module, groups: Any, lr: float, data: tuple[Tensor, Tensor], steps: int, batch: int, seed: int
-) -> None:
-    """Adam with the cross entropy of random batches; Deltas are told of each step, and their loss() counts."""
+    model: nn.Module, groups: Any, lr: float, data: tuple[Tensor, Tensor], steps: int, batch: int, seed: int,
+    loss: Loss = cross_entropy,
+) -> None:  # fmt: skip
+    """Adam with the loss of random batches; Deltas are told of each step, and their loss() counts."""
     optimizer = torch.optim.Adam(groups, lr=lr)
     generator = torch.Generator().manual_seed(seed)
     schedule.resolve(model, steps)
@@ -127,7 +135,7 @@ def learn(
     x, y = data
     for _ in range(steps):
         chosen = torch.randint(len(x), (batch,), generator=generator)
-        nn.functional.cross_entropy(model(x[chosen]), y[chosen]).backward()
+        loss(model, x[chosen], y[chosen]).backward()
         optimizer.step()
         fallow.step(model)
         optimizer.zero_grad()
@@ -163,7 +171,8 @@ def adapt(contender: Contender, lr: float, seed: int, setting: Setting) -> tuple
     groups = [{"params": [p], "lr": lr * factors.get(name.split(".")[-1], 1.0)} for name, p in params.items()]
     x, y = data.target["train"]
     start = time.process_time()
-    learn(model, groups, lr, (x[: setting.samples], y[: setting.samples]), setting.steps, setting.batch, seed + 2)
+    samples = x[: setting.samples], y[: setting.samples]
+    learn(model, groups, lr, samples, setting.steps, setting.batch, seed + 2, contender.loss or cross_entropy)
     return model, {
         "target": accuracy(model, data.target["test"]),
         "held_out": accuracy(model, data.target["held out"]),
