@@ -238,6 +238,15 @@ def test_types_shapes_and_options_have_pools_of_their_own() -> None:
     assert pools("shape") == 3
 
 
+def test_shards_that_do_not_divide_a_layer_are_as_many_as_do() -> None:
+    common = nn.Module()
+    for i in range(4):
+        delta = OneLayer(nn.Linear(12, 20), "mos", common=common, name=f"{i}.q", **(SPECIAL | {"shards": 6})).delta
+    assert delta.shared(delta.pools[0]).shape == (2 * 4 * 2, 6)  # gcd(12, 20, 6) = 2 shards of 6 and of 10
+    assert delta.shared(delta.pools[1]).shape == (2 * 4 * 2, 10)
+    assert delta.factors()[0].shape == (20, 6)
+
+
 def test_one_shard_shares_whole_vectors() -> None:
     models = group(4, shards=1)
     pool, rows = models[2].delta.shared(models[2].delta.pools[0]), models[2].delta.shared(models[2].delta.index)[0, 2]
@@ -333,7 +342,6 @@ def test_eighty_layers_of_a_type_are_set_up_in_no_time() -> None:
         ({"private_rank": -1}, "private_rank=-1"),
         ({"private_rank": 3}, "private_rank=3 leaves nothing to share"),
         ({"shards": 0}, "shards=0"),
-        ({"shards": 3}, "shards=3 does not divide 'layer' of"),
         ({"alpha": 0}, "alpha=0"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"group_by": "name"}, "group_by='name'"),

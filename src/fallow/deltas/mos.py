@@ -37,9 +37,10 @@ class MoS(Delta):
 
     @dataclasses.dataclass(kw_only=True)
     class Options(MethodOptions):
-        """`rank`: r, which acts. `equivalent_rank`: e, which is paid for. `shards`: l, which divides in and out.
-        `private_rank`: p. `group_by`: layers share a pool that have the same shape and the same last part of their
-        names ("type"), or the same shape. `dropout`: on x. Layers with other options have a pool of their own.
+        """`rank`: r, which acts. `equivalent_rank`: e, which is paid for. `shards`: l; in a layer the largest divisor of
+        it that divides in and out. `private_rank`: p. `group_by`: layers share a pool that have the same shape and the
+        same last part of their names ("type"), or the same shape. `dropout`: on x. Layers with other options have a
+        pool of their own.
         """
 
         rank: int = 8
@@ -67,22 +68,18 @@ class MoS(Delta):
     def setup(self, site: Site) -> None:
         o, (out, inner) = self.o, site.shape
         fits_rank(site, o.equivalent_rank, "equivalent_rank")
-        if out % o.shards or inner % o.shards:
-            raise ConfigError(
-                f"shards={o.shards} does not divide '{site.name}' of {site.shape}; give a divisor of both, or "
-                f"{math.gcd(out, inner, o.shards)} for this layer: patterns={{'...': {{'shards': ...}}}}"
-            )
+        shards = math.gcd(out, inner, o.shards)
         if o.private_rank:
             self.private_a, self.private_b = map(nn.Parameter, self._start(site, o.private_rank, 1))
         public = o.equivalent_rank - o.private_rank
         if not public:
             return
         sort = site.name.rpartition(".")[2] if o.group_by == "type" else "all"
-        sort = f"{sort}_{out}x{inner}_r{o.rank}e{o.equivalent_rank}p{o.private_rank}l{o.shards}"
+        sort = f"{sort}_{out}x{inner}_r{o.rank}e{o.equivalent_rank}p{o.private_rank}l{shards}"
         self.pools = f"pool_a_{sort}", f"pool_b_{sort}"
         self.index, names = f"index_{sort}", f"names_{sort}"
         common = site.common
-        for name, rows in zip(self.pools, self._start(site, public * o.shards, o.shards), strict=True):
+        for name, rows in zip(self.pools, self._start(site, public * shards, shards), strict=True):
             held = getattr(common, name, None)
             rows = rows if held is None else torch.cat([held.detach(), rows.to(held)])
             common.register_parameter(name, nn.Parameter(rows))
@@ -91,7 +88,7 @@ class MoS(Delta):
         own = own if held is None else torch.cat([held.cpu(), own])
         self.place = len(own) - 1
         common.register_buffer(names, own, persistent=False)
-        common.register_buffer(self.index, self._routes(site, own, public), persistent=False)
+        common.register_buffer(self.index, self._routes(site, own, public, shards), persistent=False)
 
     def _start(self, site: Site, rows: int, shards: int) -> tuple[Tensor, Tensor]:
         """Fresh shards of A (rows, in / shards) and of Bᵀ (rows, out / shards), one of them zero."""
@@ -101,10 +98,10 @@ class MoS(Delta):
         a = torch.empty(rows, inner // shards).uniform_(-1, 1) / math.sqrt(inner)
         return a, torch.zeros(rows, out // shards)
 
-    def _routes(self, site: Site, names: Tensor, public: int) -> Tensor:
+    def _routes(self, site: Site, names: Tensor, public: int, shards: int) -> Tensor:
         """(2, L, shards taken): the rows of both pools that each layer of the group takes."""
-        rows = torch.arange(len(names) * public * self.o.shards, dtype=torch.int32)
-        taken = min((self.o.rank - self.o.private_rank) * self.o.shards, len(rows))
+        rows = torch.arange(len(names) * public * shards, dtype=torch.int32)
+        taken = min((self.o.rank - self.o.private_rank) * shards, len(rows))
         keys = (site.key(salt, shared=True) for salt in ("mos a", "mos b"))
         return torch.stack([noise.bits(key, names, rows).topk(taken).indices for key in keys]).int()
 
