@@ -109,7 +109,7 @@ class DeltaConfig(FallowConfig):
             delta = self.delta(place, options) if rows is None else Fused(place, self.delta, options, rows)
             if not self.init_weights:
                 delta.randomize()
-            made[site.key] = delta.to(place.device)
+            made[site.key] = moved(delta, place.device)
         accompany(model, [d for d in made.values() if isinstance(d, Delta)], self.own_loss)
         return made
 
@@ -130,6 +130,11 @@ class DeltaConfig(FallowConfig):
                 "force it: config = PeftConfig.from_pretrained(path); config.check_base = False; "
                 "PeftModel.from_pretrained(model, path, config=config)"
             )
+
+
+def moved(module: nn.Module, device: torch.device) -> nn.Module:
+    """To a device, but for tensors on the meta device, whose values a file will bring."""
+    return module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 
 def _fits(pattern: str, key: str) -> bool:

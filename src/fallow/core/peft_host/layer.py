@@ -41,6 +41,7 @@ class FallowLayer(nn.Module, Holder):
         self.tensor = tensor  # the name of the adapted Parameter in its module
         self.quantization_backend = backend
         self.kinds: dict[Any, Kind] = {}
+        self.in_features, self.out_features = _features(self.get_base_layer())
         self._leader: list[FallowLayer] = []  # in a list, so that it is no submodule
         self._disable_adapters = False
         self._active_adapter = []
@@ -224,6 +225,16 @@ class FallowLayer(nn.Module, Holder):
         if not self.merged:
             self.settle()  # what is loaded is a base, and so must be what it is loaded onto
         super()._load_from_state_dict(*args, **kwargs)
+
+
+def _features(base: Any) -> tuple[int | None, int | None]:
+    """Inputs and outputs, under whichever names the module has them; PEFT wants every layer to tell."""
+    names = (("in_features", "out_features"), ("in_channels", "out_channels"), ("num_embeddings", "embedding_dim"))
+    for inputs, outputs in (*names, ("embed_dim", "embed_dim")):
+        if hasattr(base, inputs):
+            return getattr(base, inputs), getattr(base, outputs)
+    shape = getattr(getattr(base, "weight", None), "shape", ())
+    return tuple(shape) if len(shape) == 2 else (None, None)
 
 
 def kind_of(delta: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fallow.core.peft_host.deltas import moved
 from fallow.core.peft_host.layer import FallowLayer, Holder
 
 SHARED = "shared_deltas"
@@ -38,7 +39,7 @@ class Shared(nn.Module, Holder):
         if holder is None:
             holder = Shared()
             setattr(model, SHARED, holder)
-        holder.fallow_delta[adapter_name] = common.to(like.parameter.device).requires_grad_(trained)
+        holder.fallow_delta[adapter_name] = moved(common, like.parameter.device).requires_grad_(trained)
         holder._active_adapter = like._active_adapter
 
     def forward(self, x: Any) -> Any:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast, get_args
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.integrations import init_empty_weights
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 
 from fallow.core.accompany import context_of
-from fallow.core.delta import number, one_of, whole
+from fallow.core.delta import Delta, number, one_of, whole
 from fallow.core.errors import AdapterError, ConfigError, ModelError, nearest
 from fallow.core.peft_host.contract import PEFT_TYPE, FallowConfig, Hosted, Site
 from fallow.core.peft_host.deltas import describe
@@ -48,7 +49,9 @@ class FallowModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             sites = self._sites(model, common)
-            deltas = cast(FallowConfig, config).make(model, sites)
+            empty = init_empty_weights() if kwargs.get("low_cpu_mem_usage") else nullcontext()
+            with empty:  # Parameters on the meta device, for a file to fill
+                deltas = cast(FallowConfig, config).make(model, sites)
             trained = adapter_name in self.active_adapters and not config.inference_mode
             for key, delta in deltas.items():
                 self._targets[key].add(adapter_name, delta, trained)
@@ -61,6 +64,18 @@ class FallowModel(BaseTuner):
                 param.requires_grad_(value)
             self.peft_config.pop(adapter_name, None)
             raise
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Deltas are made in float32; `autocast_adapter_dtype=False` asks for the base's dtype instead."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        for layer in _layers(self.model):
+            delta = layer.fallow_delta._modules.get(adapter_name)
+            dtype = layer.parameter.dtype
+            if isinstance(delta, Delta) and dtype.is_floating_point:
+                for param in delta.all_parameters():
+                    param.data = param.data.to(dtype)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         if peft_config.target_modules == ALL:
