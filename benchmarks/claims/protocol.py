@@ -193,20 +193,40 @@ def compare(
     note: str = "",
 ) -> dict[str, dict[str, Any]]:
     """{label: figures}, also printed and written to benchmarks/results/claims-<name>.json."""
-    torch.set_num_threads(1)
     setting = setting or Setting()
+    named = {contender.label: contender for contender in contenders}
+
+    def run(label: str, lr: float, seed: int, sweep: bool) -> dict[str, float]:
+        model, figures = adapt(named[label], lr, seed, setting)
+        return {**figures, **(measure(model, digits(setting.change, seed)) if measure and not sweep else {})}
+
+    told = {"note": note, "setting": asdict(setting)}
+    described = {
+        label: {"method": one.method, "options": dict(one.options), "lrs": tuple(one.lrs or lrs)}
+        for label, one in named.items()
+    }
+    return table(name, described, run, "held_out", seeds, told)
+
+
+def table(
+    name: str,
+    contenders: Mapping[str, Mapping[str, Any]],
+    run: Callable[[str, float, int, bool], dict[str, float]],
+    score: str,
+    seeds: int,
+    told: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """For experiments of their own: the figures of `run(label, lr, seed, sweep)` at each contender's best of its `lrs`.
+
+    `score`: the figure that decides, of runs with sweep=True, which measure held-out data. `told`: kept in the file.
+    """
+    torch.set_num_threads(1)
     rows: dict[str, dict[str, Any]] = {}
-    for contender in contenders:
-        tried = tuple(contender.lrs or lrs)
-        sweep = {
-            lr: statistics.fmean(adapt(contender, lr, seed, setting)[1]["held_out"] for seed in SWEEP_SEEDS)
-            for lr in tried
-        }
+    for label, described in contenders.items():
+        tried = described["lrs"]
+        sweep = {lr: statistics.fmean(run(label, lr, seed, True)[score] for seed in SWEEP_SEEDS) for lr in tried}
         lr = max(tried, key=lambda rate: sweep[rate])
-        runs = []
-        for seed in range(seeds):
-            model, figures = adapt(contender, lr, seed, setting)
-            runs.append({**figures, **(measure(model, digits(setting.change, seed)) if measure else {})})
+        runs = [run(label, lr, seed, False) for seed in range(seeds)]
         spread = {
             key: {
                 "mean": statistics.fmean(run[key] for run in runs),
@@ -214,16 +234,16 @@ def compare(
             }
             for key in runs[0]
         }
-        rows[contender.label] = {
-            "method": contender.method, "options": dict(contender.options), "lr": lr, "sweep": sweep,
+        rows[label] = {
+            **{key: value for key, value in described.items() if key != "lrs"}, "lr": lr, "sweep": sweep,
             "at_edge": len(tried) > 1 and lr in (min(tried), max(tried)), "figures": spread, "runs": runs,
         }  # fmt: skip
-        if contender is contenders[0]:
+        if len(rows) == 1:
             print(head(spread), flush=True)
-        print(line(contender.label, rows[contender.label]), flush=True)
+        print(line(label, rows[label]), flush=True)
     RESULTS.mkdir(exist_ok=True)
-    told = {"name": name, "note": note, "setting": asdict(setting), "seeds": seeds, "torch": torch.__version__}
-    (RESULTS / f"claims-{name}.json").write_text(json.dumps({**told, "contenders": rows}, indent=1) + "\n")
+    known = {"name": name, **told, "seeds": seeds, "torch": torch.__version__}
+    (RESULTS / f"claims-{name}.json").write_text(json.dumps({**known, "contenders": rows}, indent=1) + "\n")
     return rows
 
 
