@@ -54,8 +54,10 @@ def test_output_is_unchanged_at_the_start_bit_for_bit(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("rows", [1, 40])  # few: through the bases; many: D is formed
-def test_layer_is_w_plus_sum_of_scaled_bases_in_values_and_gradients(kind: str, rows: int) -> None:
-    model, x = adapted(kind)
+@pytest.mark.parametrize("form", ["added", "rewritten"])
+def test_layer_is_w_plus_sum_of_scaled_bases_in_values_and_gradients(kind: str, rows: int, form: str) -> None:
+    model, x = adapted(kind, form=form)
+    assert model.delta.mode == ("add" if form == "added" else "weight")
     if x.is_floating_point():
         x = x[:1].repeat(rows, *[1] * (x.dim() - 1)).requires_grad_()
         assert model.delta._dense(x) == (rows == 40 and kind in ("linear", "wide", "conv1d"))
@@ -236,6 +238,12 @@ def test_backward_keeps_the_smaller_side_and_nothing_of_the_size_of_the_weight(d
         assert all(shape[0] <= model.delta.bases or shape == (900, 32) for shape in kept(model, many))
 
 
+def test_rewritten_layer_keeps_its_input_and_the_coefficients_only() -> None:
+    torch.manual_seed(0)
+    model = OneLayer(nn.Linear(64, 96), "randlora", rank=8, form="rewritten")
+    assert not kept(model, torch.randn(7, 64, requires_grad=True))
+
+
 def test_bf16_layer_trains_float32_and_gives_bf16() -> None:
     model, x = adapted("linear", torch.bfloat16)
     x.requires_grad_()
@@ -323,6 +331,8 @@ def test_scale_has_both_conventions(scaling: str, alpha: float | None, want: flo
         ({"alpha": 0}, "alpha=0"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"zeros": 1.0}, "zeros=1.0"),
+        ({"form": "merged"}, "form='merged'"),
+        ({"form": "rewritten", "dropout": 0.1}, "dropout=0.1 acts on"),
         ({"scaling": "sqrt"}, "scaling='sqrt'"),
         ({"base": 3}, "base=3"),
     ],
