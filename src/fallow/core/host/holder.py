@@ -108,7 +108,7 @@ def prepare(
     for spot, options in _once(model, method, plan, every):
         held = spot.layer._modules.get(spot.attribute)
         view = held.view if isinstance(held, Adapters) else spot.view()
-        site = Site(spot.key, view, spot.weight, common, context, spec.seed, fresh)
+        site = Site(spot.key, view, spot.parameter, common, context, spec.seed, fresh)
         delta = method(site, options)
         deltas.append((spot, delta.to(site.device).train(spot.layer.training)))
     common.to(deltas[0][0].weight().device)

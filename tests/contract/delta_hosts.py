@@ -1,0 +1,112 @@
+"""The two hosts of Deltas behind one set of words, so that the same checks run on both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+import fallow
+from fallow.core.delta import Delta
+from fallow.core.host.layer import sites
+from fallow.core.peft_host import FallowLayer, config_of
+
+
+class OwnHost:
+    """fallow.attach and its kin."""
+
+    name: ClassVar[str] = "own"
+
+    def attach(
+        self, model: nn.Module, method: type[Delta], options: Mapping[str, Any], targets: Any, name: str = "default"
+    ) -> nn.Module:
+        return fallow.attach(model, method, targets, name, seed=3, **options)
+
+    def deltas(self, model: nn.Module, name: str = "default") -> dict[str, Delta]:
+        """By the key of their weight."""
+        return {site.key: site[name] for _, site in sites(model) if name in site}
+
+    def activate(self, model: nn.Module, name: str) -> None:
+        fallow.activate(model, name)
+
+    def delete(self, model: nn.Module, name: str) -> None:
+        fallow.detach(model, name)
+
+    def scale(self, model: nn.Module, scale: float) -> None:
+        fallow.set_scale(model, scale)
+
+    @contextmanager
+    def disabled(self, model: nn.Module) -> Iterator[None]:
+        with fallow.disabled(model):
+            yield
+
+    def merge(self, model: nn.Module) -> None:
+        fallow.merge(model)
+
+    def unmerge(self, model: nn.Module) -> None:
+        fallow.unmerge(model)
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        fallow.save(model, folder)
+
+    def load(self, base: nn.Module, folder: Path) -> nn.Module:
+        return fallow.load(base, folder)
+
+
+class PeftHost:
+    """get_peft_model and what PEFT's models offer."""
+
+    name: ClassVar[str] = "peft"
+
+    def attach(
+        self, model: nn.Module, method: type[Delta], options: Mapping[str, Any], targets: Any, name: str = "default"
+    ) -> nn.Module:
+        parameters = {"target_modules": None, "target_parameters": targets} if targets == ["stack"] else {}
+        config = config_of(method)(**{"target_modules": targets, "seed": 3, **parameters, **options})
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, config)
+            model.set_adapter(name)
+            return model
+        return get_peft_model(model, config, adapter_name=name)
+
+    def layers(self, model: nn.Module) -> dict[str, FallowLayer]:
+        return {path: layer for path, layer in model.named_modules() if isinstance(layer, FallowLayer)}
+
+    def deltas(self, model: nn.Module, name: str = "default") -> dict[str, Delta]:
+        return {
+            path: layer.fallow_delta[name] for path, layer in self.layers(model).items() if name in layer.fallow_delta
+        }
+
+    def activate(self, model: nn.Module, name: str) -> None:
+        model.set_adapter(name)
+
+    def delete(self, model: nn.Module, name: str) -> None:
+        model.delete_adapter(name)
+
+    def scale(self, model: nn.Module, scale: float) -> None:
+        for layer in self.layers(model).values():
+            layer.set_scale("default", scale)
+
+    @contextmanager
+    def disabled(self, model: nn.Module) -> Iterator[None]:
+        with model.disable_adapter():
+            yield
+
+    def merge(self, model: nn.Module) -> None:
+        model.merge_adapter()
+
+    def unmerge(self, model: nn.Module) -> None:
+        model.unmerge_adapter()
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        model.save_pretrained(folder, save_embedding_layers=False)
+
+    def load(self, base: nn.Module, folder: Path) -> nn.Module:
+        return PeftModel.from_pretrained(base, folder, is_trainable=True)
+
+
+HOSTS = (OwnHost(), PeftHost())
