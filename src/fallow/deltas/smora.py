@@ -15,7 +15,8 @@ that `fallow.condition(model, token_mask=...)` (1 for tokens, of their shape) ca
 Departures from the released code: b steers the choice alone and is no part of g (`bias_in_gate=True` for theirs); it
 moves once per optimizer step, by tokens counted in the backward, so that a forward run again by checkpointing chooses
 the same and counts once; ranks of a group are chosen together; b is held in whole steps of 1e-8, which no cast to
-bf16 rounds. Their u = 1e-5 does almost nothing in short runs: ours is 0.1 / steps, from 1e-5 to 1e-3.
+bf16 rounds. Their u = 1e-5 does almost nothing in short runs: ours is 0.1 / steps, from 1e-5 to 1e-3. The router
+computes in float32; under autocast in its dtype, where near ties may fall another way.
 """
 
 from __future__ import annotations
