@@ -10,6 +10,7 @@ import torch
 from one_layer import LAYERS, OneLayer, inputs
 from torch import nn
 
+import fallow
 from fallow.core.errors import ConfigError
 from fallow.deltas import pego
 from fallow.deltas.pego import PEGO
@@ -88,7 +89,7 @@ def test_penalties_and_their_gradients_are_zero_at_the_start(norm):
 
 def test_a_group_without_penalty_is_one_lora_of_its_ranks_together():
     layer = nn.Linear(12, 20)
-    model = on(layer, penalty=0)
+    model = on(layer, orthogonality=0)
     assert model.delta.loss() is None
     a, b = (nn.Parameter(t.detach().clone()) for t in (model.delta.A, model.delta.B))
     one, two = torch.optim.Adam(model.delta.parameters(), 1e-2), torch.optim.Adam([a, b], 1e-2)
@@ -152,10 +153,10 @@ def test_the_penalty_lowers_overlap_with_the_base_and_between_modules():
     def train(penalty):
         torch.manual_seed(0)
         layer = nn.Linear(24, 24)
-        model = on(layer, penalty=penalty)
+        model = on(layer, orthogonality=penalty)
         target = layer.weight @ torch.randn(24, 24) / 5
         optimizer = torch.optim.Adam(model.delta.parameters(), 1e-2)
-        for _ in range(150):
+        for _ in range(100):
             x = torch.randn(64, 24)
             optimizer.zero_grad()
             loss = (model(x) - x @ target.T).square().mean()
@@ -210,6 +211,25 @@ def test_the_weight_is_read_when_the_penalty_is_asked_for():
     assert torch.allclose(model.delta.penalties()[0], 2 * before)
 
 
+def test_a_host_adds_the_penalty_to_the_gradient_of_an_optimizers_step():
+    def gradient(orthogonality):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(12, 20))
+        fallow.attach(net, "pego", ["0"], rank=2, group=2, orthogonality=orthogonality)
+        (delta,) = (module for module in net.modules() if isinstance(module, PEGO))
+        delta.randomize()
+        net(torch.ones(3, 12)).sum().backward()
+        before = delta.B.grad.clone()
+        torch.optim.SGD([delta.A, delta.B], lr=0.0).step()
+        wanted = torch.autograd.grad(delta.loss(), delta.B)[0] if orthogonality else torch.zeros_like(before)
+        return delta.B.grad - before, wanted
+
+    for orthogonality in (0.0, 0.5):
+        added, wanted = gradient(orthogonality)
+        assert torch.allclose(added, wanted, rtol=1e-4, atol=1e-4)
+        assert bool(added.abs().max() > 0.1) == bool(orthogonality)
+
+
 def test_a_saved_state_goes_on_bit_for_bit():
     layer = nn.Linear(12, 20)
 
@@ -237,7 +257,7 @@ def test_bad_options_are_refused_by_name():
     bad = [
         ({"rank": 0}, "rank=0"),
         ({"group": 0}, "group=0"),
-        ({"penalty": -1.0}, "penalty=-1.0"),
+        ({"orthogonality": -1.0}, "orthogonality=-1.0"),
         ({"side": "left"}, "side='left'"),
         ({"norm": "l2"}, "norm='l2'"),
         ({"rank": 5, "group": 3}, r"group=3 times rank=5 is above what 'layer' of \(20, 12\)"),

@@ -14,14 +14,14 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fallow.core import schedule
-from fallow.core.delta import Delta
+from fallow.core.delta import Delta, one_of
 from fallow.core.errors import ConfigError
 
 Penalty = Literal["step", "manual"]
@@ -80,7 +80,8 @@ def trained(delta: Delta) -> bool:
 
 
 def accompany(model: nn.Module, deltas: Iterable[Delta], penalty: Penalty = "step") -> None:
-    """Let these Deltas, just made for `model`, have their steps and their penalty."""
+    """Let these Deltas, just made for `model`, have their steps and their penalty. ConfigError for another word."""
+    one_of("penalty", penalty, get_args(Penalty))
     deltas = list(deltas)
     if stepping := [delta for delta in deltas if type(delta).on_step is not Delta.on_step]:
         schedule.attach(model, EachStep(stepping))

@@ -4,10 +4,10 @@
 (arXiv 2407.15085). N modules of rank r, W (out, in), A_i (r, in), B_i (out, r), scale 1:
 
     W' = W + sum_i B_i A_i      one LoRA of rank N r, but for the objective's term:
-    loss = penalty (sum_i |W (B_i A_i)ᵀ|_1 + sum_(i<j) |B_i A_i (B_j A_j)ᵀ|_1)     sums of absolute entries, (out, out)
+    loss = l (sum_i |W (B_i A_i)ᵀ|_1 + sum_(i<j) |B_i A_i (B_j A_j)ᵀ|_1)     l: orthogonality; (out, out)
 
-`side="output"`: |Wᵀ B_i A_i|, (in, in). `norm="fro2"`: squares instead. None of these is made whole: of a L Rᵀ
-some rows at a time are made, summed and turned into gradients; squares need r x r matrices only.
+The norms are sums of absolute entries. `side="output"`: of Wᵀ B_i A_i, (in, in). `norm="fro2"`: of squares. No such one
+is made whole: of one L Rᵀ some rows at a time are made, summed and turned into gradients; squares need r x r ones only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CHUNK = 1 << 21  # entries of L Rᵀ that exist at one time
 
 
 class PEGO(Delta):
-    """Sums over all entries grow with out²: for other sizes than a ViT-B's 768 change `penalty` by the inverse."""
+    """Sums over all entries grow with out²: for other sizes than a ViT-B's 768 change `orthogonality` inversely."""
 
     name = "pego"
 
@@ -36,14 +36,14 @@ class PEGO(Delta):
     class Options(MethodOptions):
         rank: int = 4
         group: int = 4  # N
-        penalty: float = 1e-3  # of both terms, in training
+        orthogonality: float = 1e-3  # what both terms count in the objective
         side: Literal["input", "output"] = "input"
         norm: Literal["l1", "fro2"] = "l1"
 
         def check(self) -> None:
             whole("rank", self.rank)
             whole("group", self.group)
-            number("penalty", self.penalty)
+            number("orthogonality", self.orthogonality)
             one_of("side", self.side, ("input", "output"))
             one_of("norm", self.norm, ("l1", "fro2"))
 
@@ -63,13 +63,13 @@ class PEGO(Delta):
         return self.B, self.A
 
     def loss(self) -> Tensor | None:
-        if not self.o.penalty:
+        if not self.o.orthogonality:
             return None
         preserve, diversify = self.penalties()
-        return self.o.penalty * (preserve + diversify)
+        return self.o.orthogonality * (preserve + diversify)
 
     def penalties(self) -> tuple[Tensor, Tensor]:
-        """What "preserve" and "diversify" are now, before `penalty`; float32 (float64) scalars, differentiable."""
+        """The sums for W and for pairs of modules, before they are weighed: differentiable scalars of A's dtype."""
         with torch.autocast(self.A.device.type, enabled=False):
             n, r = self.o.group, self.o.rank
             w = self.__dict__["_site"][0].stored()
