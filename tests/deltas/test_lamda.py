@@ -119,6 +119,17 @@ def test_steps_are_optimizer_steps_whatever_the_accumulation_and_a_whole_number_
     assert not model.delta.shift.requires_grad
 
 
+def test_on_several_processes_b_keeps_a_gradient_of_zero_and_its_place(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    model = on(nn.Linear(12, 20), freeze=4)
+    optimizer = train(model, 4, weight_decay=0.1)
+    before = model.delta.shift.detach().clone()
+    train(model, 3, first=4, optimizer=optimizer)
+    assert model.delta.shift.requires_grad
+    assert model.delta.shift.grad.abs().max() == 0
+    assert torch.equal(model.delta.shift, before)
+
+
 def test_a_copy_of_a_model_keeps_its_frozen_columns_too():
     model = on(nn.Linear(12, 20), freeze=8)
     train(model, 4)
