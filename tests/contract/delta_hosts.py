@@ -77,9 +77,9 @@ class PeftHost:
         return {path: layer for path, layer in model.named_modules() if isinstance(layer, FallowLayer)}
 
     def deltas(self, model: nn.Module, name: str = "default") -> dict[str, Delta]:
-        return {
-            path: layer.fallow_delta[name] for path, layer in self.layers(model).items() if name in layer.fallow_delta
-        }
+        held = {p: layer.fallow_delta[name] for p, layer in self.layers(model).items() if name in layer.fallow_delta}
+        parts = {path: getattr(delta, "parts", [delta]) for path, delta in held.items()}  # one for each expert
+        return {f"{path}.{i}": part for path, several in parts.items() for i, part in enumerate(several)}
 
     def activate(self, model: nn.Module, name: str) -> None:
         model.set_adapter(name)
