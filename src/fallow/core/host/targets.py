@@ -16,6 +16,7 @@ from fallow.core.delta import Delta
 from fallow.core.errors import ConfigError, ModelError, nearest
 from fallow.core.host.layer import Adapters, owner_of
 from fallow.core.sharded import is_dtensor
+from fallow.core.stored_weight import StoredWeight
 from fallow.core.views import CONVS, ParameterView, View, view_of
 
 Targets = str | Iterable[str]
@@ -198,6 +199,11 @@ def check_weight(spot: Spot) -> None:
         raise ModelError(f"'{key}' is on the meta device and has no values; load the base weights first")
     if is_dtensor(weight):
         raise ModelError(f"'{key}' is sharded already; attach the adapter first, then call fully_shard")
+    if not isinstance(weight, StoredWeight) and (type(weight.data) is not Tensor or not weight.is_floating_point()):
+        raise ModelError(
+            f"'{key}' is quantised by another library ({type(weight).__name__}, {weight.dtype}), and cannot be read "
+            "here; give PEFT the adapter (get_peft_model), or quantise with fallow's quantize_"
+        )
     if getattr(spot.layer, "max_norm", None) is not None:
         raise ModelError(f"'{key}' rewrites its own weight in each forward (max_norm); exclude it")
     if type(weight.data) is Tensor and weight.is_floating_point() and weight.numel() and weight.dtype.itemsize > 1:
