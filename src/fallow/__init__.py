@@ -152,6 +152,9 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(_HOME[name]), name)
     if name.endswith("Config") and name in import_module("fallow.deltas._peft").CONFIGS:
         return import_module("fallow.deltas._peft").CONFIGS[name]
+    for card in import_module("fallow.catalogue").methods():
+        if card.name == name and card.home.startswith("fallow.deltas."):
+            return card.load()
     raise AttributeError(f"module 'fallow' has no attribute {name!r}")
 
 

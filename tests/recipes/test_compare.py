@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from fallow.core.errors import ConfigError, FallowError
 from fallow.recipes import compare as module
 from fallow.recipes.compare import CompareConfig, anchored_score, compare, equal_parameters, lora_parameters, own_rates
-from fallow.recipes.methods import METHODS, Order, make_method
+from fallow.recipes.methods import METHODS, make_method
 from fallow.recipes.pipelines import load_pipeline
+from fallow.recipes.trained import Order
 
 
 @pytest.fixture

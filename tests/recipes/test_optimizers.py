@@ -11,8 +11,9 @@ from torch import nn
 
 from fallow.core.errors import ConfigError
 from fallow.core.lion import Lion
-from fallow.recipes.methods import Order, make_method
+from fallow.recipes.methods import make_method
 from fallow.recipes.optimizers import OPTIMIZERS, Rule, averaged_values, averages, check_optimizer
+from fallow.recipes.trained import Order
 
 RATES = {"sgd": 0.1, "prodigy": None, "lion": 1e-3}
 

@@ -2,6 +2,7 @@
 
     sara, largest, random, lt-sft, shira    some entries of the existing weights (fallow.selection)
     lora, peft                              PEFT's LoRA, or any other PEFT config (`peft_type=LOHA`, ...)
+    dora, kasa, loca, ...                   any other weight parameterization of this package that can be merged
     full                                    every weight
 
 A method's options are the arguments of its class or of its PEFT config, under their own names. New ones are a row of
@@ -14,21 +15,25 @@ import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from torch import Tensor, nn
+from torch import nn
 
+from fallow.catalogue import card, methods
 from fallow.core.errors import ConfigError, SelectionError, nearest
+from fallow.core.peft_host import FallowConfig
 from fallow.core.select import Amount
 from fallow.recipes.adapter_files import base_fingerprints, check_peft, save_full, save_peft
 from fallow.recipes.optimizers import ADAMW as ADAMW_ALONE
 from fallow.recipes.optimizers import Rule
-from fallow.recipes.parts import of_part, parts_of, write_each
+from fallow.recipes.parts import of_part, parts_of
+from fallow.recipes.trained import DeltaTraining, DenseTraining, Order, SelectiveTraining, Trained
 from fallow.selection.largest import Largest
 from fallow.selection.lt_sft import LTSFT
 from fallow.selection.random import Random
@@ -53,156 +58,6 @@ PLAIN: dict[Any, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 STORES = ("delta", "value")
-
-
-@dataclass(frozen=True)
-class Order:
-    """What a method is made from.
-
-    `batches` is walked, more than once if need be, by the methods that look at data before they choose; `loss(network,
-    batch)` is the recipe's. `lr` None: the method's own. `rule`: the optimizer. `network` may
-    be `Parts`. Where options do not say: `targets` are PEFT's target_modules by part ("" for a network that stands
-    alone), and `include` is a regular expression of the weights that the other methods train.
-    """
-
-    network: nn.Module
-    lr: float | None
-    options: Mapping[str, Any]
-    steps: int
-    seed: int
-    batches: Iterable[Any]
-    loss: Callable[[nn.Module, Any], Tensor]
-    rule: Rule = field(default_factory=Rule)
-    targets: Mapping[str, Sequence[str] | str] = field(default_factory=dict)
-    include: str | None = None
-
-
-class Trained(Protocol):
-    """A network in training by one method.
-
-    `trained_where` tells for each weight how many of its entries are trained, and how many it has; `threshold` is what
-    |W| was below where that decided; `events` grows by what happens at steps. `masters()` and `put()` give and set the
-    trained values exactly, by name: for averages over the steps. `notes` is what the adapter's file tells other tools.
-    """
-
-    trained_parameters: int
-    total_parameters: int
-    trained_where: dict[str, tuple[int, int]]
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer: ...
-    @property
-    def threshold(self) -> float | None: ...
-    @property
-    def events(self) -> list[dict[str, Any]]: ...
-    def trainable(self) -> list[nn.Parameter]: ...
-    def masters(self) -> dict[str, Tensor]: ...
-    def put(self, values: dict[str, Tensor]) -> None: ...
-    def save_adapter(
-        self, folder: Path, metadata: Mapping[str, Any], notes: Mapping[str, str] | None = None
-    ) -> None: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class SelectiveTraining:
-    """Some entries of the existing weights; `store` says what the adapter holds: "delta" or (bit-exact) "value"."""
-
-    def __init__(self, optimizer: Selective, total_parameters: int, store: str) -> None:
-        self.optimizer: Selective = optimizer
-        self.total_parameters, self.store = total_parameters, store
-        self.trained_parameters = optimizer.trained_parameters
-        self.trained_where = optimizer.selected()
-        # Elsewhere the bound is on something else: on chance, on a change, or from below.
-        self.threshold = optimizer.threshold if isinstance(optimizer, SaRA) else None
-
-    @property
-    def events(self) -> list[dict[str, Any]]:
-        return self.optimizer.events
-
-    def trainable(self) -> list[nn.Parameter]:
-        return self.optimizer.trainable()
-
-    def masters(self) -> dict[str, Tensor]:
-        """(n,) of every entry chosen at first, those that a re-selection has put to rest included."""
-        return self.optimizer.masters()
-
-    def put(self, values: dict[str, Tensor]) -> None:
-        self.optimizer.put(values)
-
-    def save_adapter(self, folder: Path, metadata: Mapping[str, Any], notes: Mapping[str, str] | None = None) -> None:
-        delta = self.optimizer.delta(self.store, **metadata)  # type: ignore[arg-type]
-
-        def write(name: str, part: nn.Module, place: Path) -> None:
-            dataclasses.replace(delta, entries=of_part(delta.entries, name)).save(place, notes=notes)
-
-        write_each(self.optimizer.model, folder, write)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state)
-
-
-class DenseTraining:
-    """Whole tensors: those of the network that require a gradient, under AdamW or another rule."""
-
-    threshold = None
-
-    def __init__(
-        self,
-        network: nn.Module,
-        lr: float,
-        adamw: Mapping[str, Any],
-        rule: Rule,
-        total_parameters: int,
-        save: Callable[[nn.Module, Path, dict[str, Any], Mapping[str, str] | None], Any],
-        metadata: Mapping[str, Any],
-    ) -> None:
-        self.network, self.save, self.metadata = network, save, metadata
-        self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        self.total_parameters = total_parameters
-        self.trained_parameters = sum(parameter.numel() for parameter in self.parameters.values())
-        self.trained_where = {
-            _plain_name(name): (p.numel() if p.requires_grad else 0, p.numel())
-            for name, p in network.named_parameters()
-        }
-        self.events: list[dict[str, Any]] = []
-        if rule.name == "adamw":
-            rule = dataclasses.replace(rule, options={"betas": adamw["betas"], "eps": adamw["eps"]})
-        names = [_plain_name(name) for name in self.parameters]
-        group = {"params": list(self.parameters.values()), "names": names, "lr": lr}
-        self.optimizer = rule([{**group, "weight_decay": adamw["weight_decay"]}])
-
-    def trainable(self) -> list[nn.Parameter]:
-        return list(self.parameters.values())
-
-    def masters(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.parameters.items()}
-
-    @torch.no_grad()
-    def put(self, values: dict[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(values[name])
-
-    def save_adapter(self, folder: Path, metadata: Mapping[str, Any], notes: Mapping[str, str] | None = None) -> None:
-        def write(name: str, part: nn.Module, place: Path) -> None:
-            self.save(part, place, {**self.metadata, **metadata}, notes)
-
-        write_each(self.network, folder, write)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"parameters": self.masters(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.put(state["parameters"])
-        self.optimizer.load_state_dict(state["optimizer"])
-
-
-def _plain_name(name: str) -> str:
-    """A parameter's name in the network without an adapter's wrapping, so that reports speak of the same layers."""
-    return name.replace(".base_layer.", ".")
 
 
 # -- how each is made --------------------------------------------------------------------------------------------------
@@ -273,20 +128,20 @@ def _lora(order: Order) -> Trained:
     options = dict(order.options)
     rank = options.pop("rank", options.pop("r", 8))
     alpha = options.pop("alpha", options.pop("lora_alpha", rank))
-    return _with_peft(order, "lora", "LORA", {"r": rank, "lora_alpha": alpha, **options})
+    return _with_peft(order, "lora", _config_class("LORA"), {"r": rank, "lora_alpha": alpha, **options})
 
 
 def _peft(order: Order) -> Trained:
     options = dict(order.options)
-    return _with_peft(order, "peft", _peft_type(options.pop("peft_type", None)), options)
+    return _with_peft(order, "peft", _config_class(_peft_type(options.pop("peft_type", None))), options)
 
 
-def _with_peft(order: Order, method: str, kind: str, options: dict[str, Any]) -> Trained:
+def _with_peft(order: Order, method: str, cls: Any, options: dict[str, Any]) -> Trained:
     """Any tuner of PEFT, put into the network in place; its own tensors are trained and nothing else."""
     from peft import inject_adapter_in_model
 
     adamw = _adamw(options, order.rule)
-    cls = _config_class(kind)
+    kind = cls.__name__.removesuffix("Config")
     total = _count(order.network)
     with torch.random.fork_rng(devices=_cuda(order.network)):
         torch.manual_seed(order.seed)
@@ -306,7 +161,21 @@ def _with_peft(order: Order, method: str, kind: str, options: dict[str, Any]) ->
         raise ConfigError(f"{method} ({kind}) trains nothing in this network; give other target_modules")
     lr = METHODS[method].lr if order.lr is None else order.lr
     assert lr is not None
-    return DenseTraining(order.network, lr, adamw, order.rule, total, save_peft, {"method": method})
+    told = (order.network, lr, adamw, order.rule, total, save_peft, {"method": method})
+    return DeltaTraining(*told, steps=order.steps) if issubclass(cls, FallowConfig) else DenseTraining(*told)
+
+
+def _delta(slug: str) -> Callable[[Order], Trained]:
+    """A weight parameterization of this package, through its PEFT config."""
+
+    def make(order: Order) -> Trained:
+        return _with_peft(order, slug, _delta_config(slug), {"seed": order.seed, **order.options})
+
+    return make
+
+
+def _delta_config(slug: str) -> Any:
+    return import_module("fallow.deltas._peft").CONFIGS[f"{card(slug).name}Config"]
 
 
 def _targeted(cls: Any, order: Order, part: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -399,6 +268,17 @@ def _peft_options(options: Mapping[str, Any]) -> list[str]:
     return ["peft_type", *_fields_of(_config_class(_peft_type(options.get("peft_type")))), *ADAMW]
 
 
+def _delta_options(slug: str) -> Callable[[Mapping[str, Any]], list[str]]:
+    hidden = ("method", "made", "modules_to_save", "trainable_token_indices", "init_weights")
+    return lambda _: [*(name for name in _fields_of(_delta_config(slug)) if name not in hidden), *ADAMW]
+
+
+# LoRA goes through PEFT's own. The others act on a layer's inputs, so that they cannot be put into its weights, or want
+# to be told of each picture what this recipe does not know, or are for pretraining.
+APART = ("lora", "smora", "wara-spatial", "petalface", "sltrain")
+DELTAS = [
+    card.slug for card in methods() if card.ready and card.home.startswith("fallow.deltas.") and card.slug not in APART
+]
 METHODS: dict[str, Method] = {
     "sara": Method(_sara, _arguments(SaRA, "total_steps"), None, (2e-4, 6e-4, 2e-3), 3e-3),
     "shira": Method(_shira, _arguments(SHiRA, "batches", "loss"), 5e-4, (2e-4, 6e-4, 2e-3), 3e-3),
@@ -412,6 +292,10 @@ METHODS: dict[str, Method] = {
     ),
     "lora": Method(_lora, _lora_options, 5e-4, (3e-4, 1e-3, 3e-3), 3e-3),
     "peft": Method(_peft, _peft_options, 5e-4, (3e-4, 1e-3, 3e-3), 3e-3),
+    **{
+        slug: Method(_delta(slug), _delta_options(slug), 5e-4, (3e-4, 1e-3, 3e-3), 3e-3)
+        for slug in DELTAS
+    },
     "full": Method(_full, lambda options: list(ADAMW), 5e-5, (3e-5, 1e-4, 3e-4), 3e-4),
 }  # fmt: skip
 

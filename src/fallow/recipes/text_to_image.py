@@ -41,7 +41,7 @@ from fallow.recipes.families.animatediff import FRAMES
 from fallow.recipes.flow_matching import FlowMatching
 from fallow.recipes.gallery import sheet
 from fallow.recipes.latents import Batch, CalibrationBatches, Examples, seed_of, seeded
-from fallow.recipes.methods import Order, Trained, make_method, own_rate
+from fallow.recipes.methods import make_method, own_rate
 from fallow.recipes.moving_average import MovingAverage
 from fallow.recipes.noise import zero_terminal
 from fallow.recipes.optimizers import averaged_values, averages
@@ -54,6 +54,7 @@ from fallow.recipes.provenance import Making, header
 from fallow.recipes.resting import Resting
 from fallow.recipes.settings import differences, make_config
 from fallow.recipes.train_config import FREE, TrainConfig
+from fallow.recipes.trained import Order, Trained
 from fallow.recipes.validation import Validation, held_out
 from fallow.report.run import write_run_report
 
