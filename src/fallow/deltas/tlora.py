@@ -19,9 +19,10 @@ v_d = u_{d+1} + w, w a unit vector orthogonal to u_{d+1}, so that every v_d . u_
 
 Departures. What is trained is each core's difference from its start, so that weight decay pulls T to the identity and
 not to zero. At R_T = 1, T is applied core by core and never formed; above, it is while W' is made, which costs less
-than the bonds. Neither is kept; the official code keeps T and W T. The "tr" cores start as in the official code: with the
-paper's standard deviations, 1 / (I_d sqrt(r)), the gradient of B_1 is 5,000 times smaller (1280 x 1280, r = 6), too near
-Adam's epsilon. Convolutions: T acts on the flattened patch. Not for embeddings, whose T would be one of the table's rows.
+than the bonds. Neither is kept; the official code keeps T and W T. The "tr" cores start as in the official code: with
+the paper's standard deviations, 1 / (I_d sqrt(r)), the gradient of B_1 is 5,000 times smaller (1280 x 1280, r = 6), too
+near Adam's epsilon. Convolutions: T acts on the flattened patch. Not for embeddings, whose T would be one of the
+table's rows.
 """
 
 from __future__ import annotations
