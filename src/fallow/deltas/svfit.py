@@ -11,7 +11,7 @@ any dtype, leaves quantised bases alone, keeps small steps on large values that 
 decay pull to the pretrained values. For full r the frozen vectors are twice a square weight: few trained numbers do not
 mean little memory.
 
-Where r is at most a quarter of k, `svd="randomized"` finds the vectors by a range finder: exact at the start all the
+Where r is below a quarter of k, `svd="randomized"` finds the vectors by a range finder: exact at the start all the
 same, but on flat spectra not quite the leading ones. "full" computes the exact ones.
 """
 
