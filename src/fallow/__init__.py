@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from fallow.core.sparse import Adapters, SparseDelta
     from fallow.core.trainer import Callback
     from fallow.deltas import attach, load
+    from fallow.recipes.formats.plain_lora import to_lora
     from fallow.selection.largest import Largest
     from fallow.selection.lt_sft import LTSFT
     from fallow.selection.peft_config import SaRAConfig, SHiRAConfig
@@ -97,6 +98,7 @@ __all__ = [
     "save",
     "set_scale",
     "step",
+    "to_lora",
     "to_sparse",
     "unmerge",
 ]
@@ -140,6 +142,7 @@ _HOME = {
     "save": "fallow.core.host",
     "set_scale": "fallow.core.host",
     "step": "fallow.core.schedule",
+    "to_lora": "fallow.recipes.formats.plain_lora",
     "to_sparse": "fallow.selection.peft_sparse",
     "unmerge": "fallow.core.host",
 }
