@@ -16,7 +16,7 @@ from fallow.core.bases import ldu
 from fallow.core.delta import Site
 from fallow.deltas.loldu import LoLDU
 
-HIGH = (1e-2, 3e-2, 1e-1, 3e-1)
+HIGH = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 
 class Wrecked(LoLDU):
@@ -43,7 +43,7 @@ CONTENDERS = [
     Contender("LoLDU full, frozen scale", "loldu", {"train_scale": False}, lrs=HIGH),
     Contender("LoLDU full, normalized", "loldu", {"normalize": True}, {"scale": 0.1}, HIGH),
     Contender("ones, wrecked", "loldu-wrecked", {"init": "ones"}, {"scale": 0.1}, HIGH),
-    Contender("LoLDU r=16", "loldu", {"rank": 16}, {"scale": 0.1}, (*HIGH, 1.0)),
+    Contender("LoLDU r=16", "loldu", {"rank": 16}, {"scale": 0.1}, HIGH),
 ]  # fmt: skip
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ CONTENDERS = [
     Contender("LoRA r=1", "lora", {"rank": 1}),
     Contender("LoRA r=4", "lora", {"rank": 4}),
     Contender("SVFit full", "svfit", lrs=HIGH),
-    Contender("SVFit full, relative", "svfit", {"relative": True}, lrs=HIGH),
+    Contender("SVFit full, relative", "svfit", {"relative": True}, lrs=(*HIGH, 1.0)),
     Contender("SVFit r=16", "svfit", {"rank": 16}, lrs=(*HIGH, 1.0)),
 ]
 
