@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,50 @@ def test_the_adapter_on_a_fresh_base_is_the_trained_network(tiny_sd, tmp_path, w
     if method not in ("lora", "peft"):
         for name, weight in bare_parameters(unet).items():
             assert (weight - fresh.get_parameter(name)).abs().max() <= near, name
+
+
+SMALL: dict[str, dict[str, Any]] = {  # options for layers of 16 channels, where the defaults are for larger ones
+    "codyra": {"rank": 2}, "dora": {"rank": 2}, "dylora": {"rank": 4}, "hydra": {"rank": 2}, "kasa": {"rank": 2},
+    "lamda": {"rank": 2},
+    "loca": {"components": 40}, "loldu": {"rank": 2}, "lora-xs": {"rank": 2}, "mosa": {"rank": 4}, "pego": {"rank": 1},
+    "randlora": {"rank": 2}, "salt": {"rank": 2}, "sora": {"rank": 2}, "svfit": {"rank": 2}, "tlora": {"rank": 2},
+    "vera": {"rank": 4}, "wara": {"rank": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", DELTAS)
+def test_every_weight_parameterization_trains_and_its_adapter_does_the_same_on_a_fresh_base(tiny_sd, tmp_path, method):
+    unet, base, fresh = network(tiny_sd), network(tiny_sd), network(tiny_sd)
+    made = trained(unet, method, SMALL.get(method, {}), lr=3e-2, steps=4)
+    made.save_adapter(tmp_path / "adapter", {"data": "things"})
+    apply_adapter(fresh, tmp_path / "adapter")
+    x = batch(7)
+    with torch.no_grad():
+        wanted, got, before = (n.eval()(*x).sample for n in (unet, fresh, base))
+    assert (wanted - before).abs().max() > 1e-4
+    assert (wanted - got).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("method", ["dylora", "mosa", "loca"])
+def test_a_weight_parameterization_goes_on_from_its_state_as_if_never_stopped(tiny_sd, method):
+    def run(unet: Any, made: Trained, steps: Sequence[int]) -> None:
+        unet.train()
+        for step in steps:
+            torch.manual_seed(step)
+            loss(unet, batch(step)).backward()
+            made.optimizer.step()
+            made.optimizer.zero_grad()
+
+    whole, first, second = (network(tiny_sd) for _ in range(3))
+    made = [
+        make_method(method, Order(unet, 1e-2, SMALL.get(method, {}), 6, 0, [], loss)) for unet in (whole, first, second)
+    ]
+    run(whole, made[0], range(6))
+    run(first, made[1], range(3))
+    made[2].load_state_dict(copy.deepcopy(made[1].state_dict()))
+    run(second, made[2], range(3, 6))
+    for name, value in made[0].masters().items():
+        assert torch.equal(value, made[2].masters()[name]), name
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -192,8 +192,12 @@ class DeltaTraining(DenseTraining):
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        for name, tensor in self._buffers().items():
-            tensor.copy_(state["buffers"][name])
+        for path, module in self.network.named_modules():
+            if isinstance(module, Delta):  # by its own loading, which draws anew what follows from buffers
+                own = {
+                    name.removeprefix(f"{path}."): t for name, t in state["buffers"].items() if name.startswith(path)
+                }
+                module.load_state_dict({name: t for name, t in own.items() if "." not in name}, strict=False)
         self.steps = int(state["steps"])
         schedule.resume(self.network, self.steps)
 
