@@ -356,3 +356,17 @@ def test_one_vector_bases_reach_any_target_where_lora_of_the_same_size_cannot() 
     assert sum(p.numel() for p in delta.parameters()) == 1056
     assert (delta.delta_weight() - target).square().sum() / target.square().sum() < 1e-6
     assert lora > 0.09
+
+
+def test_pairing_of_peft_takes_the_columns_of_b_in_its_order_and_keeps_the_bases_in_the_file() -> None:
+    model, _ = adapted("linear", pairing="peft")
+    delta = model.delta
+    b = delta.shared(delta.names[1])[: delta.large, : delta.columns]
+    mine = delta.sliced()[1]
+    for i in range(delta.bases):
+        for k in range(delta.o.rank):
+            assert torch.equal(mine[:, i * delta.o.rank + k], b[:, k * delta.bases + i])
+    assert set(model.common.state_dict()) == set(delta.names)
+    assert not adapted("linear")[0].common.state_dict()
+    with pytest.raises(ConfigError, match="pairing='official'"):
+        RandLoRA.Options(pairing="official")

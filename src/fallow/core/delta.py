@@ -238,16 +238,18 @@ class Delta(nn.Module):
             else:
                 site.common.register_buffer(name, made, persistent=saved)
 
-    def share_matrix(self, name: str, site: Site, shape: tuple[int, int], make: Callable[..., Tensor]) -> None:
-        """Let `self.shared(name)` be one frozen matrix for all layers, which slice it: of at least this shape, never in
-        the file. A layer that needs more has it made again by `make((rows, columns))`, whose values may depend on
-        their place only (`fallow.core.noise`): what the layers before have sliced stays as it was.
+    def share_matrix(
+        self, name: str, site: Site, shape: tuple[int, int], make: Callable[..., Tensor], saved: bool = False
+    ) -> None:
+        """Let `self.shared(name)` be one frozen matrix for all layers, which slice it: of at least this shape, in the
+        file only where `saved`. A layer that needs more has it made again by `make((rows, columns))`, whose values may
+        depend on their place only (`fallow.core.noise`): what the layers before have sliced stays as it was.
         """
         held = getattr(site.common, name, None)
         wanted = shape if held is None else tuple(max(*sizes) for sizes in zip(shape, held.shape, strict=True))
         if held is None or wanted != held.shape:
             made = make(wanted).to(site.dtype if held is None else held.dtype)
-            site.common.register_buffer(name, made if held is None else made.to(held.device), persistent=False)
+            site.common.register_buffer(name, made if held is None else made.to(held.device), persistent=saved)
 
     def shared(self, name: str) -> Tensor:
         """Looked up at each use: hosts replace Parameters (casts, loading, sharding)."""

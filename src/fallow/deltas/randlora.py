@@ -15,7 +15,7 @@ A and B are drawn from the seed and sliced by each layer; the file holds lambda 
 too). An entry of them depends on the seed and its place alone, and is scaled by the standard deviation of its
 distribution, not of the tensor. Kept for the backward: the input at the smaller of the layer's two sides, lambda and
 gamma; neither U nor x U is. PEFT multiplies column i r + k of B with row k n + i of U, the same in distribution; here
-both are the equation's.
+both are the equation's, unless `pairing` says otherwise, for PEFT's files.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ class RandLoRA(Delta):
         "peft" alpha / r. `alpha`: by default 2 r for "official", 20 r for "peft". `zeros`: the share of zeros in bases
         of -1, 0 and 1 (the paper's sparse ones: 2/3, very sparse ones: 1 - 1/sqrt(m)); 0 for uniform bases. `form`:
         "rewritten" runs the layer with W + G in the place of W, which is faster for many tokens and takes no dropout.
+        `pairing`: "peft" takes the columns of B in PEFT's order, at the price of a copy of B, and keeps A and B in the
+        file, as `fallow.from_peft` needs it.
         """
 
         rank: int = 32
@@ -53,6 +55,7 @@ class RandLoRA(Delta):
         zeros: float = 0.0
         dropout: float = 0.0
         form: Literal["added", "rewritten"] = "added"
+        pairing: Literal["equation", "peft"] = "equation"
 
         def check(self) -> None:
             whole("rank", self.rank)
@@ -62,6 +65,7 @@ class RandLoRA(Delta):
             if self.alpha is not None:
                 number("alpha", self.alpha, open_below=True)
             one_of("form", self.form, ("added", "rewritten"))
+            one_of("pairing", self.pairing, ("equation", "peft"))
             if self.dropout and self.form == "rewritten":
                 raise ConfigError(f"dropout={self.dropout} acts on the input of what is added; give form='added' or 0")
 
@@ -75,12 +79,13 @@ class RandLoRA(Delta):
         official = self.o.scaling == "official"
         alpha = self.o.alpha or (2 if official else 20) * self.o.rank
         self.scale = alpha / self.o.rank / (self.bases**0.5 if official else 1.0)
-        sort = f"{self.o.zeros:g}".replace(".", "_")
+        saved = self.o.pairing == "peft"
+        sort = f"{self.o.zeros:g}".replace(".", "_") + ("_peft" if saved else "")
         self.names = f"bases_a_{sort}", f"bases_b_{sort}"
         shapes = (self.o.rank, self.small), (self.large, self.columns)
         for name, shape in zip(self.names, shapes, strict=True):
             draw = partial(noise.matrix, site.key(name[:7], shared=True), zeros=self.o.zeros)
-            self.share_matrix(name, site, shape, draw)
+            self.share_matrix(name, site, shape, draw, saved)
         self.lambda_ = nn.Parameter(torch.zeros(self.bases, self.o.rank))
         self.gamma = nn.Parameter(torch.full((self.bases, self.small), 1 / max(self.bases, self.small)))
 
@@ -89,9 +94,10 @@ class RandLoRA(Delta):
         return ceil(min(shape) / options.rank) * (options.rank + min(shape))
 
     def sliced(self) -> tuple[Tensor, Tensor]:
-        """This layer's A (r, m) and B (M, n r): views of the shared ones."""
+        """This layer's A (r, m) and B (M, n r): views of the shared ones, but for PEFT's pairing."""
         a, b = map(self.shared, self.names)
-        return a[: self.o.rank, : self.small], b[: self.large, : self.columns]
+        a, b = a[: self.o.rank, : self.small], b[: self.large, : self.columns]
+        return a, b if self.o.pairing == "equation" else reordered(b, self.o.rank, self.bases)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         a, b = self.sliced()
@@ -122,6 +128,11 @@ class RandLoRA(Delta):
         if self.view.kind == "conv":
             rows //= prod(cast(Any, self.view).stride)
         return rows * (3 * self.small - self.large) > 3 * self.large * self.small
+
+
+def reordered(b: Tensor, rows: int, columns: int) -> Tensor:
+    """B (M, rows * columns) with column k * columns + i in the place i * rows + k."""
+    return b.unflatten(1, (rows, columns)).transpose(1, 2).flatten(1)
 
 
 def _scaled(a: Tensor, lambda_: Tensor, gamma: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from fallow.core.host.holder import SHARED, Prepared, Spec, check_name, needed, 
 from fallow.core.host.layer import Adapters, sites, weight_at
 from fallow.core.host.placing import install
 from fallow.core.host.targets import Spot, check_weight, spots
+from fallow.core.layouts import layout
 from fallow.core.sharded import whole
 
 FORMAT, VERSION = "fallow-delta", 1
@@ -60,7 +61,9 @@ def save(model: nn.Module, path: str | Path, name: str = "default") -> Path:
         attribute = next(at for at, child in module._modules.items() if child is site)
         spot = keys[id(module), attribute]
         tensors |= {spot.state_key(key): whole(value) for key, value in delta.state_dict().items()}
-        described[spot.key] = _described(delta, spec, weight_at(module, site), site)
+        described[spot.key] = _described(delta, spec, weight_at(module, site), site) | {
+            "layer": layout(module, site.view)
+        }
     tensors |= {f"{SHARED}.{key}": whole(value) for key, value in shared[name].state_dict().items()}
     refuse_not_finite(path, tensors)
     told = {"method": spec.method, "options": spec.options, "seed": spec.seed, "weights": described}

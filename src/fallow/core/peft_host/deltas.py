@@ -23,6 +23,7 @@ from fallow.core.delta import REGISTRY, Delta, MethodOptions, Site, make_options
 from fallow.core.errors import AdapterError, ConfigError
 from fallow.core.files import fingerprint, matches
 from fallow.core.fused import Fused
+from fallow.core.layouts import layout
 from fallow.core.peft_host import contract
 from fallow.core.peft_host.contract import METHODS, FallowConfig
 from fallow.core.stored_weight import StoredWeight
@@ -115,16 +116,22 @@ class DeltaConfig(FallowConfig):
 
     def _check_base(self, model: nn.Module, sites: Sequence[contract.Site]) -> None:
         sample = _sample(sites)
+        told = {
+            "sites": [site.key for site in sites],
+            "base": None if sample is None else fingerprint(sample),
+            "layers": {site.key: _layout(site) for site in sites},
+        }
         if self.made is None:
-            self.made = {"sites": [site.key for site in sites], "base": None if sample is None else fingerprint(sample)}
+            self.made = told
             return
-        told, keys = self.made.get("base"), {site.key for site in sites}
+        self.made = {**told, **self.made}
+        print_of_base, keys = self.made["base"], {site.key for site in sites}
         if missing := [key for key in self.made.get("sites", []) if key not in keys]:
             raise AdapterError(
                 f"the adapter changes '{missing[0]}', which {type(model).__name__} lacks or target_modules leave out; "
                 f"this model has {', '.join(sorted(keys)[:6])}: give the base that it was trained on"
             )
-        if self.check_base and told and sample is not None and not matches(told, sample):
+        if self.check_base and print_of_base and sample is not None and not matches(print_of_base, sample):
             raise AdapterError(
                 "the adapter was trained on another base: the weights differ. Give the base that it was trained on, or "
                 "force it: config = PeftConfig.from_pretrained(path); config.check_base = False; "
@@ -139,6 +146,11 @@ def moved(module: nn.Module, device: torch.device) -> nn.Module:
 
 def _fits(pattern: str, key: str) -> bool:
     return re.fullmatch(rf"(.*\.)?({pattern})", key) is not None
+
+
+def _layout(site: contract.Site) -> dict[str, Any]:
+    base = site.layer.get_base_layer()
+    return layout(base, view_of(base, site.tensor))
 
 
 def _sample(sites: Sequence[contract.Site]) -> Tensor | None:
@@ -193,7 +205,9 @@ def describe(config: FallowConfig, deltas: Mapping[str, nn.Module], error: float
         return config.describing(deltas)
     ranks = {re.escape(key): delta.o.rank for key, delta in deltas.items() if isinstance(delta, Delta)}
     shared = {f.name: copy.deepcopy(getattr(config, f.name)) for f in dataclasses.fields(FallowConfig)}
-    made = {"sites": list(deltas), "base": (config.made or {}).get("base"), "error": error}
+    first = config.made or {}
+    known = {key: told for key, told in first.get("layers", {}).items() if key in deltas}
+    made = {"sites": list(deltas), "base": first.get("base"), "layers": known, "error": error}
     return config_of(REGISTRY["lora"])(
         **shared | {"method": "lora", "made": made},
         rank_pattern=ranks,

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fallow.core.errors import ConfigError
 from fallow.core.files import fingerprint, write_json, write_tensors
 from fallow.core.held_deltas import Held, HeldAdapter, held_adapter
+from fallow.core.layouts import odd_of
 from fallow.core.low_rank_form import bound, low_rank_form, refuse_without_form
 from fallow.core.sparse import CONFIG, WEIGHTS
 from fallow.core.views import ConvView, EmbeddingView, TransposedView
@@ -70,8 +70,7 @@ def to_lora(
 
 def refuse_for_lora(one: Held, what: str = "LoRA") -> None:
     """ConfigError where PEFT has no layer of its LoRA for this one, or one that does something else."""
-    # the output projection of attention, whose weight the attention reads past any layer around it
-    if one.view.kind == "parameter" or isinstance(one.layer, NonDynamicallyQuantizableLinear):
+    if one.view.kind == "parameter":
         raise ConfigError(
             f"'{one.key}' is read by its module itself, where PEFT has no {what}; merge the adapter, or leave it out"
         )
@@ -80,19 +79,16 @@ def refuse_for_lora(one: Held, what: str = "LoRA") -> None:
             f"the weight of '{one.key}' is shared by {', '.join(one.names)}, and PEFT's {what} acts in one of them; "
             "merge the adapter, or untie the weight before training"
         )
-    refuse_convolution(one.key, one.layer, what)
+    refuse_odd(one.key, one.layer, what)
 
 
-def refuse_convolution(key: str, layer: Any, what: str = "LoRA") -> None:
-    """ConfigError for convolutions that PEFT's layers run otherwise than the layer itself."""
-    for name, usual in (("groups", 1), ("dilation", None), ("padding_mode", "zeros")):
-        value = getattr(layer, name, None)
-        odd = any(side != 1 for side in value) if isinstance(value, tuple) else value not in (None, usual)
-        if odd and hasattr(layer, "kernel_size"):
-            raise ConfigError(
-                f"'{key}' is a convolution with {name}={value!r}, for which PEFT's {what} computes something else; "
-                "merge the adapter, or leave that layer out"
-            )
+def refuse_odd(key: str, layer: Any, what: str = "LoRA") -> None:
+    """ConfigError for layers that PEFT's run otherwise than the layer itself."""
+    if odd := odd_of(layer):
+        raise ConfigError(
+            f"'{key}' is {odd}, for which PEFT's {what} computes something else; merge the adapter, or leave that "
+            "layer out"
+        )
 
 
 def lora_tensors(one: Held, a: Tensor, b: Tensor) -> dict[str, Tensor]:
