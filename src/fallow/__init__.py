@@ -48,7 +48,9 @@ if TYPE_CHECKING:
     from fallow.core.sparse import Adapters, SparseDelta
     from fallow.core.trainer import Callback
     from fallow.deltas import attach, load
+    from fallow.recipes.formats.from_peft import from_peft
     from fallow.recipes.formats.plain_lora import to_lora
+    from fallow.recipes.formats.to_peft import to_peft
     from fallow.selection.largest import Largest
     from fallow.selection.lt_sft import LTSFT
     from fallow.selection.peft_config import SaRAConfig, SHiRAConfig
@@ -88,6 +90,7 @@ __all__ = [
     "config_of",
     "detach",
     "disabled",
+    "from_peft",
     "from_sparse",
     "hotswap",
     "load",
@@ -99,6 +102,7 @@ __all__ = [
     "set_scale",
     "step",
     "to_lora",
+    "to_peft",
     "to_sparse",
     "unmerge",
 ]
@@ -132,6 +136,7 @@ _HOME = {
     "config_of": "fallow.core.peft_host",
     "detach": "fallow.core.host",
     "disabled": "fallow.core.host",
+    "from_peft": "fallow.recipes.formats.from_peft",
     "from_sparse": "fallow.selection.peft_sparse",
     "hotswap": "fallow.core.peft_host.hotswap",
     "load": "fallow.deltas",
@@ -143,6 +148,7 @@ _HOME = {
     "set_scale": "fallow.core.host",
     "step": "fallow.core.schedule",
     "to_lora": "fallow.recipes.formats.plain_lora",
+    "to_peft": "fallow.recipes.formats.to_peft",
     "to_sparse": "fallow.selection.peft_sparse",
     "unmerge": "fallow.core.host",
 }

@@ -78,7 +78,12 @@ def targets(names: Sequence[str]) -> list[str] | str:
     """The layers' names; as one expression where one of them alone (`proj_out`) would fit others that end in it."""
     if all("." in name for name in names):
         return list(names)
-    return "|".join(re.escape(name) for name in names)  # PEFT fits it to the whole name
+    return exact_targets(names)  # PEFT fits it to the whole name
+
+
+def exact_targets(names: Sequence[str]) -> str:
+    """An expression that fits these modules and no others."""
+    return "|".join(re.escape(name) for name in names)
 
 
 def whole(value: float) -> float | int:

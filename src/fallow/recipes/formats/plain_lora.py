@@ -23,7 +23,7 @@ from fallow.core.sparse import CONFIG, WEIGHTS
 from fallow.core.views import ConvView, EmbeddingView, TransposedView
 from fallow.recipes.adapter_directory import PREFIX, card, new_directory, noted
 from fallow.recipes.approximation import Losses
-from fallow.recipes.formats.patterns import settings
+from fallow.recipes.formats.patterns import exact_targets, settings
 
 USE = "from peft import PeftModel\n\nPeftModel.from_pretrained(model, 'path/to/this')"
 
@@ -114,6 +114,7 @@ def write_folder(
         isinstance(one.view, TransposedView) and not isinstance(one.view, EmbeddingView) for one in held.deltas
     ]
     config = {"bias": "none", "inference_mode": True, "task_type": None, "base_model_name_or_path": None, **told}
+    config["target_modules"] = exact_targets([one.key for one in held.deltas])
     if told["peft_type"] != "MISS":
         config["fan_in_fan_out"] = all(transposed)
     kept = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
