@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from itertools import accumulate
 
@@ -16,6 +17,8 @@ from zoo import Zoo
 def one_thread_and_a_seed() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:  # it compiles one function a few times only, and all tests share the engine's
+        torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ def test_json_is_one_document_without_the_long_list_of_weights(seen):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--method", "sraa"], "method=sraa does not exist (did you mean 'sara'?)"),
+        (["--method", "saraa"], "method=saraa does not exist (did you mean 'sara'?)"),
         (["-O", "fractoin=0.1"], "the method sara has no option 'fractoin' (did you mean 'fraction'?)"),
         (["--steps", "many"], "--steps many: input should be a valid integer"),
         (["--fraction", "2.0"], "fraction=2.0"),

@@ -200,7 +200,7 @@ def test_what_cannot_be_compared_is_told_before_the_first_run(settings, monkeypa
         ({"methods": ["sara", "loar"]}, r"'loar' does not exist \(did you mean 'lora'\?\)"),
         ({"lrs": {"full": [1e-3]}}, "not among methods"),
         ({"variants": {"lora": "sara"}}, "names one 'lora', which is a method"),
-        ({"variants": {"plain": "sraa"}}, r"'sraa' of plain does not exist \(did you mean 'sara'\?\)"),
+        ({"variants": {"plain": "saraa"}}, r"'saraa' of plain does not exist \(did you mean 'sara'\?\)"),
         ({"train": {"stpes": 3}}, r"there is no setting 'stpes' \(did you mean 'steps'\?\)"),
         ({"options": {"sara": {"fractoin": 0.1}}}, "did you mean 'fraction'"),
     ):

@@ -405,7 +405,7 @@ def test_settings_are_refused_when_they_are_made():
     for values, said in (
         ({"stpes": 3}, r"there is no setting 'stpes' \(did you mean 'steps'\?\)"),
         ({"steps": 0}, "steps 0: input should be greater than or equal to 1"),
-        ({"method": "sraa"}, "did you mean 'sara'"),
+        ({"method": "saraa"}, "did you mean 'sara'"),
         ({"options": {"fractoin": 1}}, "did you mean 'fraction'"),
         ({"options": {"fraction": 1.5}}, "fraction=1.5"),
         ({"class_data": "somewhere"}, "needs class_prompt"),
