@@ -13,7 +13,7 @@ from torch import nn
 NEVER = 10**6  # a step beyond the run
 R16 = {"rank": 16, "dropout": 0.0}
 CONTENDERS = [
-    Contender("frozen from the start", "lamda", {**R16, "freeze": 0}),
+    Contender("frozen from the start", "lamda", {**R16, "freeze": 0}, lrs=(1e-2, 3e-2, 1e-1, 3e-1, 1.0)),
     Contender("gradual, 0.3 of the run", "lamda", {**R16, "freeze": 0.3}),
     Contender("gradual, ascending", "lamda", {**R16, "freeze": 0.3, "order": "ascending"}),
     Contender("never frozen", "lamda", {**R16, "freeze": NEVER}),
