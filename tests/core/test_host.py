@@ -653,7 +653,7 @@ def test_an_adapter_that_gets_no_gradient_is_an_error_at_the_first_step():
 
 
 def test_methods_have_their_steps_penalty_and_values_for_a_forward():
-    model = fallow.attach(net(), Stretch, penalty="manual")
+    model = fallow.attach(net(), Stretch, own_loss="manual")
     schedule.resolve(model, 5)
     model(X).sum().backward()
     assert fallow.step(model) == 1

@@ -79,13 +79,13 @@ def trained(delta: Delta) -> bool:
     return any(param.requires_grad for param in delta.all_parameters())
 
 
-def accompany(model: nn.Module, deltas: Iterable[Delta], penalty: Penalty = "step") -> None:
+def accompany(model: nn.Module, deltas: Iterable[Delta], own_loss: Penalty = "step") -> None:
     """Let these Deltas, just made for `model`, have their steps and their penalty. ConfigError for another word."""
-    one_of("penalty", penalty, get_args(Penalty))
+    one_of("own_loss", own_loss, get_args(Penalty))
     deltas = list(deltas)
     if stepping := [delta for delta in deltas if type(delta).on_step is not Delta.on_step]:
         schedule.attach(model, EachStep(stepping))
-    if penalty == "step" and (penalised := [delta for delta in deltas if type(delta).loss is not Delta.loss]):
+    if own_loss == "step" and (penalised := [delta for delta in deltas if type(delta).loss is not Delta.loss]):
         _PENALISED.extend(weakref.ref(delta) for delta in penalised)
         _hook_all_optimizers()
 
@@ -93,7 +93,7 @@ def accompany(model: nn.Module, deltas: Iterable[Delta], penalty: Penalty = "ste
 def penalty(model: nn.Module) -> Tensor:
     """The sum of `loss()` over the trained Deltas of a model: a scalar, 0 where there is none.
 
-    For adapters made with `penalty="manual"`; added to the objective beside "step" it counts twice.
+    For adapters made with `own_loss="manual"`; added to the objective beside "step" it counts twice.
     """
     total = torch.zeros(())
     for delta in model.modules():

@@ -37,7 +37,7 @@ def attach(
     exclude: Targets | None = None,
     patterns: Mapping[str, Mapping[str, Any]] | None = None,
     seed: int = 0,
-    penalty: Penalty = "step",
+    own_loss: Penalty = "step",
     expect_gradients: bool = True,
     **options: Any,
 ) -> nn.Module:
@@ -48,7 +48,7 @@ def attach(
     embeddings and stacks of experts too); names of modules or their last parts; or a regular expression that matches
     whole names. A Parameter that its module reads itself has its own path: "encoder.attention.in_proj_weight".
     `exclude`: of these, in the same way. `patterns`: {regular expression: {option: value}}, for layers that differ.
-    `seed`: of frozen random tensors; trained ones start from torch's global generator. `penalty`: see
+    `seed`: of frozen random tensors; trained ones start from torch's global generator. `own_loss`: see
     `fallow.core.accompany`. `expect_gradients`: whether the first `fallow.step(model)` refuses an adapted weight that
     has no gradient.
 
@@ -56,7 +56,7 @@ def attach(
     ConfigError, ModelError for what cannot be; the model is then as it was.
     """
     kind = method_of(method)
-    spec = spec_of(kind, options, seed, penalty)
+    spec = spec_of(kind, options, seed, own_loss)
     every = spots(model)
     planned = with_patterns(choose(model, every, kind, targets, exclude), options, patterns)
     install(model, prepare(model, kind, planned, every, name, spec), every)

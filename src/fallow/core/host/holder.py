@@ -28,7 +28,7 @@ class Spec:
     method: str
     options: dict[str, Any]
     seed: int
-    penalty: Penalty
+    own_loss: Penalty
 
 
 class Shared(nn.ModuleDict):
@@ -169,6 +169,6 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
         raise ModelError(f"{what} needs whole weights, and this model is sharded; do it before fully_shard")
 
 
-def spec_of(method: type[Delta], options: Mapping[str, Any], seed: int, penalty: Penalty) -> Spec:
+def spec_of(method: type[Delta], options: Mapping[str, Any], seed: int, own_loss: Penalty) -> Spec:
     """ConfigError for options that the method does not know, and values that it cannot take."""
-    return Spec(method.name, dataclasses.asdict(make_options(method, options)), seed, penalty)
+    return Spec(method.name, dataclasses.asdict(make_options(method, options)), seed, own_loss)

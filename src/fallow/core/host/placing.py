@@ -35,7 +35,7 @@ def install(model: nn.Module, made: Prepared, every: Sequence[Spot]) -> list[Del
     shared[made.name] = made.common
     shared.show(model)
     deltas = [delta for _, delta in made.deltas]
-    accompany(model, deltas, made.spec.penalty)
+    accompany(model, deltas, made.spec.own_loss)
     return deltas
 
 
