@@ -133,7 +133,9 @@ def convert(
     max_rank: MaxRank = None,
     fraction: Fraction = None,
     budget: Budget = None,
-    base: Annotated[str | None, typer.Option(help="The base, for sparse adapters that store values.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base, for adapters that store values, or whose change depends on it (DoRA).")
+    ] = None,
     dtype: Dtype = None,
     overwrite: Overwrite = False,
     json: AsJson = False,

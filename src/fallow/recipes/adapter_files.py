@@ -5,6 +5,7 @@
     full     all weights of the network (full fine-tuning): a directory, adapter_config.json says kind "full"
     file     one safetensors file of diffusers, kohya or LyCORIS, of one or several parts of the pipeline
     parts    a directory of peft directories, one for each part of the pipeline
+    delta    a weight parameterization as `fallow.save` writes it: a file or directory
 
 The directories hold adapter_config.json, adapter_model.safetensors and README.md. A run directory stands for its
 adapter/. In a `full` and a `peft` directory that Fallow wrote, the safetensors metadata carry (under "fallow") the
@@ -26,6 +27,7 @@ from torch import nn
 
 from fallow.core.errors import AdapterError, ConfigError
 from fallow.core.files import fingerprint, write_json, write_tensors
+from fallow.core.host.files import FORMAT as OWN
 from fallow.core.select import named_weights
 from fallow.core.sparse import CONFIG, WEIGHTS, SparseDelta, is_sparse
 from fallow.recipes.adapter_changes import Change, FullChange, LayersChange, PeftChange, SparseChange, wide
@@ -44,11 +46,13 @@ from fallow.recipes.adapter_directory import (
     read_config,
     shapes_in,
 )
+from fallow.recipes.approximation import Losses
 from fallow.recipes.bare_networks import adapted_names, bare, bare_parameters, own_parameters
 from fallow.recipes.formats import peft as peft_format
 from fallow.recipes.formats import reading
+from fallow.recipes.formats.layers import Adapter
 
-Kind = Literal["sparse", "peft", "full", "file", "parts"]
+Kind = Literal["sparse", "peft", "full", "file", "parts", "delta"]
 
 
 # -- what lies there --------------------------------------------------------------------------------------------------
@@ -73,8 +77,9 @@ def kind_of(path: str | Path) -> Kind:
     """What kind of adapter lies there. AdapterError where it is none, broken, or of a kind that is unknown."""
     place = locate(path)
     if place.is_file():
-        with opened(place):  # a file that is cut off is told as such
-            pass
+        with opened(place) as found:  # a file that is cut off is told as such
+            if (found.metadata() or {}).get("format") == OWN:
+                return "delta"
         if is_sparse(place):
             return "sparse"
         if reading.is_one(place):
@@ -86,8 +91,9 @@ def kind_of(path: str | Path) -> Kind:
         held = [file.name for file in sorted(place.glob("*.safetensors"))]
         hint = f"; it holds {held[0]}" if held else ""
         raise AdapterError(f"{place} is no adapter: it has no {WEIGHTS}{hint}; {WHAT_TO_GIVE}")
-    with opened(place / WEIGHTS):
-        pass
+    with opened(place / WEIGHTS) as found:
+        if (found.metadata() or {}).get("format") == OWN:
+            return "delta"
     if is_sparse(place):
         return "sparse"
     config = read_config(place)
@@ -108,6 +114,9 @@ def adapter_size(path: str | Path) -> tuple[int, int]:
         trained = SparseDelta.load(place).trained
     elif kind == "parts":
         trained = sum(adapter_size(place / part)[0] for part in peft_format.parts_in(place))
+    elif kind == "delta":
+        file = place / WEIGHTS if place.is_dir() else place
+        trained = sum(math.prod(shape) for shape in shapes_in(file).values())
     elif kind == "file":
         trained = sum(math.prod(shape) for name, shape in shapes_in(place).items() if not name.endswith(".alpha"))
     else:
@@ -321,9 +330,17 @@ def read_change(
         return read_change(place / name)
     if kind == "file":
         return LayersChange.of(place, reading.read(place, known), part)
+    if kind == "delta":
+        return LayersChange.of(place, _of_delta(place), part)
     if part is not None:
         return None
     if kind == "sparse":
         return SparseChange(SparseDelta.load(place))
     base = header(place / WEIGHTS).get("base", {})
     return FullChange(place, base) if kind == "full" else PeftChange(place, base)
+
+
+def _of_delta(place: Path) -> Adapter:
+    from fallow.recipes.formats import deltas  # which imports PEFT
+
+    return deltas.read(place, "diffusers", Losses())

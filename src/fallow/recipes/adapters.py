@@ -26,7 +26,7 @@ from fallow.core.sparse import WEIGHTS, SparseDelta
 from fallow.recipes.adapter_directory import PREFIX, header, opened, read_config, shapes_in
 from fallow.recipes.adapter_files import adapter_size, kind_of, locate
 from fallow.recipes.checkpoint_tensors import tensors_in
-from fallow.recipes.formats import peft, reading
+from fallow.recipes.formats import deltas, peft, reading
 from fallow.recipes.formats.layers import Adapter, Factors
 from fallow.recipes.pipelines import apply_adapters, load_pipeline, quietly
 from fallow.recipes.run_directory import refuse_read_only
@@ -49,7 +49,11 @@ def describe(path: str | Path) -> dict[str, Any]:
     place, kind = locate(path), kind_of(path)
     trained, size = adapter_size(place)
     layers: list[dict[str, Any]] = []
-    if kind == "sparse":
+    if kind in ("peft", "delta") and deltas.is_one(place):
+        found = deltas.saved(place)
+        trained = found.trained()
+        facts, blocks, remarks, layers = _describe_delta(found)
+    elif kind == "sparse":
         facts, blocks, remarks = _describe_sparse(SparseDelta.load(place))
     elif kind == "parts":
         facts, blocks, remarks, layers = _describe_parts(place)
@@ -128,6 +132,41 @@ def _describe_dense(place: Path, kind: str) -> tuple[dict[str, Any], dict[str, A
     if not noted.get("base"):
         remarks.append("it has no fingerprint of its base, so that another base is not noticed")
     return {**facts, "tensors": len(shapes)}, blocks, remarks
+
+
+def _describe_delta(
+    found: deltas.Saved,
+) -> tuple[dict[str, Any], dict[str, Any], list[str], list[dict[str, Any]]]:
+    """Of a weight parameterization, by what its file tells; norms would need the base for some, and are left out."""
+    blocks: dict[str, dict[str, Any]] = {}
+    layers: list[dict[str, Any]] = []
+    for name, layer in found.layers.items():
+        size = sum(tensor.numel() for tensor in layer.tensors.values())
+        shape = layer.layout["shape"] if layer.layout else None
+        block = blocks.setdefault(
+            block_of(name), {"trained": 0, "numel": 0 if shape else None, "norm": None, "largest": None}
+        )
+        block["trained"] += size
+        if shape and block["numel"] is not None:
+            block["numel"] += math.prod(shape)
+        rank, alpha = (getattr(layer.options, key, None) for key in ("rank", "alpha"))
+        told = "x".join(map(str, shape)) if shape else "?"
+        layers.append({"layer": name, "shape": told, "rank": rank, "alpha": alpha})
+    ranks = sorted({one["rank"] for one in layers if isinstance(one["rank"], int)})
+    facts = {
+        **found.notes,
+        "method": found.method.name,
+        "options": found.options,
+        "ranks": ranks or None,
+        "seed": found.seed,
+        "tensors": sum(len(layer.tensors) for layer in found.layers.values()) + len(found.common),
+        "layers": len(found.layers),
+        "base": found.sample or (f"fingerprints of {len(found.base)} weights" if found.base else None),
+    }
+    remarks = ["blocks count the entries of the file, also frozen ones; trained is what was trained"]
+    if not facts["base"]:
+        remarks.append("it has no fingerprint of its base, so that another base is not noticed")
+    return facts, blocks, remarks, layers
 
 
 def _describe_parts(

@@ -7,6 +7,7 @@ convert("community.safetensors", "fallow", Path("style.safetensors"), most=Most(
     factors        the same numbers                  multiplied out     multiplied out, the largest entries kept
     full changes   by singular values (Truncation)   the same numbers   those that are not zero, or the largest
     sparse         by singular values (Truncation)   filled with zeros  the same numbers
+    ours           as factors; others by Truncation  multiplied out     multiplied out, the largest entries kept
 
 Between the formats of one column of kinds nothing is rounded: there and back is the same, bit for bit.
 """
@@ -30,11 +31,12 @@ from fallow.recipes.adapter_files import adapter_size, kind_of, locate
 from fallow.recipes.adapters import unused
 from fallow.recipes.approximation import Losses, Most, factored, largest
 from fallow.recipes.checkpoint_tensors import Stored, network_tensors, real
-from fallow.recipes.formats import peft, reading, writing
+from fallow.recipes.formats import deltas, peft, reading, writing
 from fallow.recipes.formats.layers import Adapter, Dense, Factors, Format, Layers, part_of
 
 FORMATS = get_args(Format)
 FACTORS = ("peft", "diffusers", "kohya", "kohya-ldm")
+LEAVES_DORA = "diffusers leaves out DoRA's magnitudes of kohya's files; it reads its own format, or give --rank"
 MOST_ENTRIES = 2**32  # of one weight; a file may claim any shape
 
 
@@ -51,15 +53,20 @@ def convert(
 ) -> dict[str, Any]:
     """Write an adapter in another format (JSON-able report: written, format, trained, bytes, error, layers, remarks).
 
-    `truncation`: for changes that are no factors and shall become such; `most`: for changes that shall become sparse.
-    `base`: the checkpoint, for sparse adapters that store values. `dtype`: of the factors written, None is as they are.
+    `truncation`: for changes that are no factors and shall become such, and for weight parameterizations whose factors
+    shall have fewer ranks; `most`: for changes that shall become sparse. `base`: the checkpoint, for sparse adapters
+    that store values, and weight parameterizations whose change depends on it. `dtype`: of the factors written, None is
+    as they are.
     Raises ConfigError for an output that is in use or not of the format, AdapterError for what cannot be converted.
     """
     check_format(to)
     check_output(output, to, overwrite)
-    adapter = load(path, base)
     losses = Losses()
     remarks: list[str] = []
+    if deltas.is_one(place := locate(path)):
+        adapter = deltas.read(place, to, losses, base=base_weights(base), how=truncation if to in FACTORS else None)
+    else:
+        adapter = load(path, base)
     if to == "fallow":
         written = write_sparse(adapter, most or Most(), losses, output)
     else:
@@ -67,8 +74,21 @@ def convert(
             raise ConfigError(f"a fraction or budget of entries is kept by sparse adapters, and {to} is none")
         if to in FACTORS:
             adapter, remarks = with_factors(adapter, truncation, dtype, losses)
+            if to.startswith("kohya") and any(
+                getattr(one, "magnitude", None) is not None for *_, one in adapter.layers()
+            ):
+                remarks.append(LEAVES_DORA)
         written = write(adapter if dtype is None else in_dtype(adapter, dtype), to, output)
-    return {"from": adapter.format, **report(written, to, losses, remarks)}
+    origin = adapter.notes["method"] if deltas.is_one(place) else adapter.format
+    return {"from": origin, **report(written, to, losses, remarks)}
+
+
+def base_weights(base: str | None) -> dict[str, deltas.Read] | None:
+    """By weight name, how to read it from a checkpoint; None for none. ModelError where there is none."""
+    if base is None:
+        return None
+    parts, _ = network_tensors(base)
+    return {name: stored.read for part in reversed(list(parts)) for name, stored in parts[part].items()}
 
 
 def check_format(to: str) -> None:
@@ -125,6 +145,8 @@ def in_dtype(adapter: Adapter, dtype: torch.dtype) -> Adapter:
 def load(path: str | Path, base: str | None = None) -> Adapter:
     """An adapter of any kind, as factors and full changes. `base`: for those that store values and not changes."""
     place, kind = locate(path), kind_of(path)
+    if kind == "delta":
+        raise AdapterError(f"{path} is of this package's own host; convert it first: fallow adapter convert --to peft")
     if kind == "full":
         return _of_full(place, path, base)
     if kind == "sparse":

@@ -155,11 +155,16 @@ def _layout(site: contract.Site) -> dict[str, Any]:
 
 def _sample(sites: Sequence[contract.Site]) -> Tensor | None:
     """Some entries of each weight; None where a weight is coded, so that its values are not the original's."""
+    if any(site.layer.quantization_backend is not None for site in sites):
+        return None
+    return sample_of([site.weight for site in sites])
+
+
+def sample_of(weights: Sequence[Tensor]) -> Tensor | None:
+    """The entries by which a base of these weights is known; None where there are none to be seen."""
     parts: list[Tensor] = []
-    for site in sites:
-        weight = site.weight
-        quantised = isinstance(weight, StoredWeight) or site.layer.quantization_backend is not None
-        if quantised or weight.is_meta or not weight.is_floating_point():
+    for weight in weights:
+        if isinstance(weight, StoredWeight) or weight.is_meta or not weight.is_floating_point():
             return None
         flat = weight.detach().reshape(-1)
         parts.append(flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].cpu())

@@ -64,6 +64,10 @@ def read(folder: Path, part: str | None = None) -> Adapter:
         )
     config = read_config(folder)
     kind = config.get("peft_type")
+    if kind == "FALLOW":
+        raise AdapterError(
+            f"{folder} is of Fallow's '{config.get('method')}'; fallow adapter convert makes a LoRA of it, or merge it"
+        )
     if kind != "LORA":
         raise AdapterError(f"{folder} is PEFT's {kind}, and only its LoRA has another format; merge it instead")
     for name, (usual, what) in REFUSED.items():
