@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from fallow.core.sparse import Adapters, SparseDelta
     from fallow.core.trainer import Callback
     from fallow.deltas import attach, load
+    from fallow.recipes.adapter_files import save_adapter
     from fallow.recipes.formats.from_peft import from_peft
     from fallow.recipes.formats.plain_lora import to_lora
     from fallow.recipes.formats.to_peft import to_peft
@@ -99,6 +100,7 @@ __all__ = [
     "mixed",
     "penalty",
     "save",
+    "save_adapter",
     "set_scale",
     "step",
     "to_lora",
@@ -145,6 +147,7 @@ _HOME = {
     "mixed": "fallow.core.host",
     "penalty": "fallow.core.accompany",
     "save": "fallow.core.host",
+    "save_adapter": "fallow.recipes.adapter_files",
     "set_scale": "fallow.core.host",
     "step": "fallow.core.schedule",
     "to_lora": "fallow.recipes.formats.plain_lora",

@@ -11,7 +11,7 @@ import pytest
 from fallow.core.content_hash import HASH
 from fallow.core.errors import ConfigError
 from fallow.recipes.pictures import Picture
-from fallow.recipes.provenance import Making, architecture, check_fields, header, tag_frequency
+from fallow.recipes.provenance import Making, adapter_kind, architecture, check_fields, header, tag_frequency
 from fallow.recipes.train_config import TrainConfig
 
 
@@ -98,3 +98,8 @@ def test_fields_that_are_no_ones_or_empty_are_refused():
         check_fields({"date": "2030"})
     with pytest.raises(ConfigError, match="the field title is empty"):
         check_fields({"title": " "})
+
+
+def test_the_architecture_names_a_weight_parameterization_by_its_method():
+    kinds = {method: adapter_kind({"method": method}) for method in ("dora", "lora", "sara", "full")}
+    assert kinds == {"dora": "dora", "lora": "lora", "sara": "sparse", "full": ""}

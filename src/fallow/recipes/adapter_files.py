@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -188,6 +189,8 @@ def save_peft(
     settings = copy.copy(own.peft_config[name])
     check_peft(settings)
     settings.inference_mode = True
+    if hasattr(settings, "_given"):  # a weight parameterization of ours
+        metadata = {"method": settings.method, "options": settings._given(), **metadata}
     tensors = {PREFIX + key: value for key, value in get_peft_model_state_dict(own, adapter_name=name).items()}
     parameters = bare_parameters(own)
     adapted = adapted_names(own)
@@ -199,6 +202,36 @@ def save_peft(
         write_tensors(partial / WEIGHTS, tensors, {**(notes or {}), **noted(base, metadata)})
         (partial / "README.md").write_text(card(settings.peft_type.value, metadata, PEFT_USE), encoding="utf-8")
     return Path(folder)
+
+
+def save_adapter(
+    model: nn.Module,
+    path: str | Path,
+    adapter_name: str = "default",
+    *,
+    trigger_phrase: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    notes: Mapping[str, str] | None = None,
+) -> Path:
+    """Write an adapter of PEFT's host as `save_pretrained` does, with what it is told in the file's header too.
+
+    PEFT writes no metadata. Here the safetensors header says the method, its options, the fingerprint of every adapted
+    weight, `settings` of the training (JSON values), the trigger phrase where web UIs look for it, and `notes`, other
+    keys of theirs (`modelspec.*`, `ss_*`). PEFT loads it as its own. Whole or not at all. ConfigError where there is no
+    such adapter, it is merged, or `modules_to_save` has modules that were trained whole.
+    """
+    if any(adapter_name in getattr(layer, "merged_adapters", ()) for layer in model.modules()):
+        raise ConfigError(f"adapter '{adapter_name}' is merged; call unmerge_adapter() first")
+    try:
+        json.dumps(dict(settings or {}), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"settings={settings!r} cannot be written as JSON: {error}") from None
+    told = dict(notes or {})
+    if wrong := [name for name, value in told.items() if not isinstance(value, str) or name in ("format", "fallow")]:
+        raise ConfigError(f"notes: {wrong[0]}={told[wrong[0]]!r} must be a text, and not 'format' or 'fallow'")
+    if trigger_phrase is not None:
+        told |= {"modelspec.trigger_phrase": trigger_phrase}
+    return save_peft(model, path, settings or {}, told, adapter_name)
 
 
 def check_peft(settings: Any) -> None:

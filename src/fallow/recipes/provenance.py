@@ -21,6 +21,7 @@ from typing import Any
 from fallow.core.content_hash import HASH
 from fallow.core.errors import ConfigError, nearest
 from fallow.recipes.captions import tags_of
+from fallow.recipes.methods import DELTAS
 from fallow.recipes.pictures import Picture, Size
 
 SPEC = "modelspec."
@@ -88,6 +89,8 @@ def adapter_kind(settings: Mapping[str, Any]) -> str:
     method = settings["method"]
     if method == "peft":
         return str(settings["options"].get("peft_type", "peft")).lower()
+    if method in DELTAS:
+        return str(method)
     return {"lora": "lora", "full": ""}.get(method, "sparse")
 
 

@@ -341,3 +341,48 @@ def test_info_names_method_options_ranks_trained_numbers_and_base(host, tiny_sd,
     assert told.exit_code == 0, told.output
     assert "lora-xs" in told.stdout
     assert "4x1x3x3" in told.stdout
+
+
+# -- what the header says ----------------------------------------------------------------------------------------------
+
+
+def test_a_saved_adapter_says_in_its_header_what_it_is_and_peft_loads_it(tiny_sd, tmp_path):
+    model = adapted("dora", "peft", unet(tiny_sd), LAYERS)
+    told = {"learning_rate": 1e-4, "steps": 10}
+    fallow.save_adapter(model, tmp_path / "ours", trigger_phrase="a drawing", settings=told, notes={"ss_seed": "3"})
+    with safe_open(tmp_path / "ours" / WEIGHTS, "pt") as file:
+        header = file.metadata()
+    said = json.loads(header["fallow"])
+    assert header["modelspec.trigger_phrase"] == "a drawing"
+    assert header["ss_seed"] == "3"
+    assert said["metadata"]["method"] == "dora"
+    assert said["metadata"]["options"]["rank"] == 2
+    assert said["metadata"]["steps"] == 10
+    adapted_weights = {name for name in weights(unet(tiny_sd)) if any(f"{at}.weight" in name for at in LAYERS)}
+    assert {name for name in said["base"] if name.endswith(".weight")} == adapted_weights
+    again = PeftModel.from_pretrained(unet(tiny_sd), tmp_path / "ours")
+    alike(weights(again.merge_and_unload()), weights(model.merge_and_unload()), weights(unet(tiny_sd)), 1e-6)
+    facts = describe(tmp_path / "ours")
+    assert facts["facts"]["learning_rate"] == 1e-4
+    assert facts["notes"]["modelspec.trigger_phrase"] == "a drawing"
+    convert(tmp_path / "ours", "kohya", tmp_path / "kohya.safetensors")
+    with safe_open(tmp_path / "kohya.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.trigger_phrase"] == "a drawing"
+        assert json.loads(file.metadata()["fallow"])["metadata"]["steps"] == 10
+
+
+def test_what_cannot_be_saved_or_said_is_refused_by_name(tmp_path):
+    model = adapted("lora", "peft", EveryKind(), ["linear"])
+    for given, told in (
+        ({"settings": {"rate": float("nan")}}, "cannot be written as JSON"),
+        ({"settings": {"rate": torch.zeros(2)}}, "cannot be written as JSON"),
+        ({"notes": {"ss_seed": 3}}, "ss_seed=3 must be a text"),
+        ({"notes": {"fallow": "x"}}, "fallow='x' must be"),
+        ({"adapter_name": "other"}, "no PEFT adapter named 'other'"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            fallow.save_adapter(model, tmp_path / "ours", **given)
+    model.merge_adapter()
+    with pytest.raises(ConfigError, match="'default' is merged"):
+        fallow.save_adapter(model, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
