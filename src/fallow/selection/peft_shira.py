@@ -1,18 +1,21 @@
-"""Reads the adapters that PEFT's SHiRA saves, as `SHiRA.from_peft`: to go on with them here, without PEFT's clone of
-every weight in each forward pass.
+"""The adapters of PEFT's SHiRA: read, as `SHiRA.from_peft`, to go on with them here, without PEFT's clone of every
+weight in each forward pass; and written, as `SHiRA.to_peft`.
+
+PEFT asks for r (in + out) entries in every layer, with one r. Where there are fewer, entries of value 0 fill up.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from fallow.core.errors import AdapterError
-from fallow.core.files import fingerprint, read_tensors
+from fallow.core.files import atomic_directory, fingerprint, read_tensors, write_json, write_tensors
 from fallow.core.select import index_dtype, named_weights
-from fallow.core.sparse import Entry, SparseDelta, weights_file
+from fallow.core.sparse import CONFIG, WEIGHTS, Entry, SparseDelta, weights_file
 
 
 def read_peft_shira(folder: str | Path, model: nn.Module) -> SparseDelta:
@@ -42,3 +45,37 @@ def read_peft_shira(folder: str | Path, model: nn.Module) -> SparseDelta:
     if not entries:
         raise AdapterError(f"{folder} holds no layer of PEFT's SHiRA (no key ends in 'shira_weight')")
     return SparseDelta(entries, "delta", {"method": "shira", "mask": "rand", "from": "PEFT"})
+
+
+def write_peft_shira(delta: SparseDelta, folder: str | Path) -> Path:
+    """Write a sparse adapter of linear layers' weights as PEFT's SHiRA, which loads it; returns the folder.
+
+    Raises AdapterError for one that stores values or changes other tensors than matrices called `weight`, and where a
+    layer would have more entries than its weight at the rank that the others need.
+    """
+    folder = Path(folder)
+    if delta.store != "delta":
+        raise AdapterError("the adapter stores values, and PEFT's SHiRA changes; convert it beside its base first")
+    for name, entry in delta.entries.items():
+        if not name.endswith(".weight") or len(entry.shape) != 2:
+            raise AdapterError(f"the adapter changes '{name}' {entry.shape}, and PEFT's SHiRA linear layers alone")
+    rank = max((-(-entry.index.numel() // sum(entry.shape)) for entry in delta.entries.values()), default=0) or 1
+    tensors: dict[str, torch.Tensor] = {}
+    for name, entry in delta.entries.items():
+        wanted = rank * sum(entry.shape)
+        if wanted > entry.numel:
+            raise AdapterError(
+                f"'{name}' {entry.shape} would have {wanted} entries at the rank {rank} that another layer needs, more "
+                "than it has; PEFT's SHiRA has one rank for all: train each kind of layer apart"
+            )
+        missing = wanted - entry.index.numel()
+        flat = torch.cat([entry.index.long(), torch.zeros(missing, dtype=torch.long)])
+        place = f"base_model.model.{name.removesuffix('.weight')}"
+        tensors[f"{place}.shira_weight"] = torch.cat([entry.values.float(), torch.zeros(missing)])
+        tensors[f"{place}.shira_indices"] = torch.stack([flat // entry.shape[1], flat % entry.shape[1]]).int()
+    modules = "|".join(re.escape(name.removesuffix(".weight")) for name in delta.entries)
+    with atomic_directory(folder) as partial:
+        write_tensors(partial / WEIGHTS, tensors, {"format": "pt"})
+        config = {"peft_type": "SHIRA", "r": rank, "mask_type": "random", "random_seed": 0, "target_modules": modules}
+        write_json(partial / CONFIG, config | {"inference_mode": True})
+    return folder

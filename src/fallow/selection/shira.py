@@ -41,7 +41,7 @@ from fallow.core.select import (
     matrix_shape,
 )
 from fallow.core.sharded import part_of
-from fallow.selection.peft_shira import read_peft_shira
+from fallow.selection.peft_shira import read_peft_shira, write_peft_shira
 from fallow.selection.random import random
 from fallow.selection.rules import Rule
 from fallow.selection.selective import Selective
@@ -191,6 +191,7 @@ class SHiRA(Selective):
         )  # fmt: skip
 
     from_peft = staticmethod(read_peft_shira)
+    to_peft = staticmethod(write_peft_shira)
 
 
 def check_options(mask: str, every: int | None, offset: int, diagonal: bool, columns: bool, task: int) -> None:
