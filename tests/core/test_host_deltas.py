@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
 import fallow
-from fallow.core.delta import Delta
+from fallow.core.delta import Delta, method_of
 from fallow.core.quantized import quantize_
 from zoo import Zoo
 
@@ -127,6 +127,22 @@ def test_blocks_of_a_fused_weight_are_changed_each_by_itself(x: Tensor):
 
 
 # -- tied weights -----------------------------------------------------------------------------------------------------
+
+
+def test_blocks_of_a_fused_weight_act_as_the_options_of_their_method_say():
+    weight, x = torch.randn(12, 8), torch.randn(3, 8)
+    for name, options in (("bone", {"kind": "bat"}), ("randlora", {"form": "rewritten"}), ("dora", {})):
+        network = nn.Sequential(nn.Linear(8, 12, bias=False))
+        network[0].weight.data.copy_(weight)
+        config = fallow.config_of(method_of(name))(rank=2, target_modules=["0"], fused={"0": 3}, **options)
+        model = get_peft_model(network, config)
+        for module in model.modules():
+            if isinstance(module, fallow.Delta):
+                module.randomize()
+        with torch.no_grad():
+            y = model(x)
+            assert (y - x @ weight.T).abs().max() > 1e-3
+            torch.testing.assert_close(model.merge_and_unload()(x), y, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["lora", "bone"])

@@ -51,8 +51,6 @@ class Fused(Delta):
         if getattr(site.view, "groups", 1) > 1:
             raise ConfigError(f"fused={rows!r}: '{site.name}' is a grouped convolution, which has blocks already")
         self.sizes, self.method, self.options = list(sizes), method, options
-        self.mode = method.mode  # type: ignore[misc]
-        self.exact = method.exact  # type: ignore[misc]
         self.name = method.name  # type: ignore[misc]
         super().__init__(site, options)
 
@@ -72,6 +70,7 @@ class Fused(Delta):
             )
             self.parts.append(self.method(block, self.options))
             start += size
+        self.mode, self.exact = self.deltas[0].mode, self.deltas[0].exact  # type: ignore[misc]  # options may choose them
 
     @property
     def deltas(self) -> list[Delta]:
