@@ -75,16 +75,11 @@ def low_rank_form(delta: Delta, weight: Callable[[], Tensor], how: Truncation | 
     ConfigError as `refuse_without_form`.
     """
     refuse_without_form(delta, how)
-    fine = how is not None and how.energy is not None and 1 - how.energy < FINE**2
     if delta.exact:
-        b, a = (part.double() if fine else _wide(part) for part in delta.factors())
-        return _of_factors(b, a, how)
-    d = _wide(dense_change(delta, weight))
+        b, a = (part.double() if _fine(how) else _wide(part) for part in delta.factors())
+        return of_factors(b, a, how)
     assert how is not None
-    u, s, vt = truncated(d.double() if fine else d, how, torch.Generator().manual_seed(0))
-    root = s.sqrt()
-    b, a = (u * root).to(d.dtype), (root[:, None] * vt).to(d.dtype)
-    return LowRank(b, a, float(d.norm()), float((d - b @ a).norm()))
+    return of_dense(_wide(dense_change(delta, weight)), how)
 
 
 def dense_change(delta: Delta, weight: Callable[[], Tensor]) -> Tensor:
@@ -96,7 +91,15 @@ def dense_change(delta: Delta, weight: Callable[[], Tensor]) -> Tensor:
     return delta.new_weight(w) - w
 
 
-def _of_factors(b: Tensor, a: Tensor, how: Truncation | None) -> LowRank:
+def of_dense(d: Tensor, how: Truncation) -> LowRank:
+    """The leading triples of D (out, in), float32 or float64."""
+    u, s, vt = truncated(d.double() if _fine(how) else d, how, torch.Generator().manual_seed(0))
+    root = s.sqrt()
+    b, a = (u * root).to(d.dtype), (root[:, None] * vt).to(d.dtype)
+    return LowRank(b, a, float(d.norm()), float((d - b @ a).norm()))
+
+
+def of_factors(b: Tensor, a: Tensor, how: Truncation | None) -> LowRank:
     """Those factors where they are no larger than asked for, else their leading triples."""
     widest = min(b.shape[0], a.shape[1])
     if a.shape[0] <= widest and (how is None or (how.rank is not None and how.rank >= a.shape[0])):
@@ -106,6 +109,10 @@ def _of_factors(b: Tensor, a: Tensor, how: Truncation | None) -> LowRank:
     root = s[:rank].sqrt()
     missing = math.sqrt(float(s[rank:].double().square().sum()))
     return LowRank(u[:, :rank] * root, root[:, None] * vt[:rank], float(s.double().norm()), missing)
+
+
+def _fine(how: Truncation | None) -> bool:
+    return how is not None and how.energy is not None and 1 - how.energy < FINE**2
 
 
 def _wide(tensor: Tensor) -> Tensor:

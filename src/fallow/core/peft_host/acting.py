@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fallow.core.delta import Delta
 from fallow.core.engine import new_weight, run_deltas
 from fallow.core.errors import AdapterError, ConfigError
+from fallow.core.follower import followed
 from fallow.core.stored_weight import StoredWeight
-from fallow.core.views import View, view_of
+from fallow.core.views import view_of
 
 if TYPE_CHECKING:
     from fallow.core.peft_host.layer import FallowLayer
@@ -33,34 +33,20 @@ class Acting:
         if not active:
             return call(*args, **kwargs)
         base: Any = layer.base_layer
-        depth = ""
+        depth, view = "", self.view
         while "base_layer" in base._modules:  # another adapter around the same module
             base, depth = base.base_layer, depth + "base_layer."
-        if layer is not self.layer and type(view := view_of(base, layer.tensor)) is not type(self.view):
-            return self._tied(layer, view, active, call, depth, *args, **kwargs)
-        if self.view.kind == "parameter":
+        if layer is not self.layer:
+            view = view_of(base, layer.tensor)
+            unfit = [delta.name for delta, _ in active if not delta.mergeable]
+            if unfit and type(view) is not type(self.view):
+                raise ConfigError(f"'{unfit[0]}' acts on inputs, which tied modules do not share; untie the weight")
+            active = followed(active, self.view, view)
+        if view.kind == "parameter":
             base = layer.base_layer
         elif not args:  # named by the caller, as Linear and the like name it
             args = (kwargs.pop("input"),)
-        return run_deltas(call, base, depth + layer.tensor, self.view, layer.read, active, *args, **kwargs)
-
-    def _tied(
-        self, layer: FallowLayer, view: View, active: Active, call: Any, depth: str, *args: Any, **kwargs: Any
-    ) -> Any:
-        """In a module that uses the weight in another way, such as a head tied to an embedding: Dᵀ = Aᵀ Bᵀ."""
-        if any(not delta.mergeable for delta, _ in active):
-            raise ConfigError(
-                f"'{active[0][0].name}' acts on inputs, which tied modules do not share; untie the weight"
-            )
-        if all(delta.exact for delta, _ in active) and view.kind == "linear":
-            y = call(*args, **kwargs)
-            for delta, scale in active:
-                b, a = delta.factors()
-                x = args[0].to(b.dtype)
-                y = y + (view.up(view.down(x, b.mT), a.mT) * scale).to(y.dtype)
-            return y
-        changed = self.weight(active)
-        return functional_call(layer.base_layer, {depth + layer.tensor: changed}, args, kwargs, tie_weights=False)
+        return run_deltas(call, base, depth + layer.tensor, view, layer.read, active, *args, **kwargs)
 
     def weight(self, active: Active) -> Tensor:
         weight = self.layer.read()

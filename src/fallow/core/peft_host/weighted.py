@@ -12,7 +12,7 @@ entries add up as entries ("linear").
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, ties
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from fallow.core.delta import Delta, Site, method_of
 from fallow.core.errors import ConfigError
-from fallow.core.linalg import low_rank, of_product
+from fallow.core.linalg import Truncation
+from fallow.core.low_rank_form import of_dense, of_factors
+from fallow.core.peft_host.acting import Acting
 
 if TYPE_CHECKING:
     from fallow.core.peft_host.layer import FallowLayer
@@ -51,13 +53,16 @@ def combined(
             raise ConfigError(f"chosen entries and other methods do not add up to one adapter, as '{key}' would need")
         if not delta.mergeable:
             raise ConfigError(f"'{delta.name}' depends on its input, so it cannot be combined with others; at '{key}'")
-    acting = layer.kinds[type(next(iter(layer.kinds.values())))]
-    view, error = acting.view, 0.0  # type: ignore[attr-defined]
-    whole: Tensor | None = None
+    acting = cast(Acting, layer.kinds[Acting])
+    view = acting.view
+    how_far = None if how not in BY_SVD or svd_rank is None else Truncation(svd_rank)
     if how not in DENSE and all(delta.exact for delta, _ in parts):
         pairs = [(delta.factors(), weight) for delta, weight in parts]
         b = torch.cat([b * weight for (b, _), weight in pairs], 1)
         a = torch.cat([a for (_, a), _ in pairs])
+        if how_far is None:
+            return product(layer, key, view, b, a), 0.0
+        form = of_factors(b, a, how_far)
     else:
         changes = [view.read(acting.change(delta, 1.0)).float() for delta, _ in parts]
         weights = torch.tensor([weight for _, weight in parts], device=changes[0].device)
@@ -67,16 +72,8 @@ def combined(
             whole = DENSE[how](changes, weights, density)
         else:
             whole = torch.stack([w * change for w, change in zip(weights, changes, strict=True)]).sum(0)
-        rank = svd_rank or min(whole.shape)
-        u, s, vt = low_rank(whole, min(rank, *whole.shape), generator=torch.Generator().manual_seed(0))
-        b, a = u * s.sqrt(), s.sqrt()[:, None] * vt
-        error = float((whole - b @ a).norm() / whole.norm().clamp_min(1e-30))
-    if whole is None and how in BY_SVD and svd_rank is not None and svd_rank < a.shape[0]:
-        u, s, vt = of_product(b, a)
-        kept = s[:svd_rank]
-        error = float((s[svd_rank:].square().sum().sqrt()) / s.norm().clamp_min(1e-30))
-        b, a = u[:, :svd_rank] * kept.sqrt(), kept.sqrt()[:, None] * vt[:svd_rank]
-    return product(layer, key, view, b, a), error
+        form = of_dense(whole, how_far or Truncation(min(whole.shape)))
+    return product(layer, key, view, form.b, form.a), form.error
 
 
 def product(layer: FallowLayer, key: str, view: Any, b: Tensor, a: Tensor) -> Delta:
