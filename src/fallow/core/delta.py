@@ -5,8 +5,9 @@ A method is one subclass of `Delta` in one file. It sees every weight as a matri
 
     factors()             W' = W + B A          B (out, r), A (r, in), all scales within; the rest follows
     delta_weight()        W' = W + D            and `delta_forward(x)` where D x has a cheaper form
-    transform(W)          W' = f(W)             and `inverse(W')` where there is one, `output(x, y, W, bias)` where y'
-                                                comes cheaper of the layer's own output y than of W'
+    transform(W)          W' = f(W)             and `output(x, y, W, bias)` where y' comes cheaper of the layer's own
+                                                output y than of W'; `inverse(W')`, where there is one, is for whoever
+                                                holds W' alone: hosts put back the W that they kept
     forward(x, y)         y' = g(x, y)          y is the layer's own output; cannot be merged
 
 Trained tensors are `nn.Parameter`, frozen ones buffers (persistent: saved in the file; else drawn again from

@@ -32,7 +32,7 @@ class _Rows(View):
 
 
 def _part(site: Site, rows: slice) -> Tensor:
-    return site.view.read(site._read())[rows]
+    return site.stored()[rows]
 
 
 class Fused(Delta):

@@ -317,7 +317,7 @@ def _leaves(value: Any, name: str = "") -> tuple[list[tuple[str, float]], list[t
 
 
 # What PEFT raises for settings it does not know, layers that are not there, and methods that cannot be merged.
-_NOT_FOR_PEFT = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError)
+_NOT_FOR_PEFT = (ValueError, TypeError, KeyError, AttributeError, RuntimeError)
 
 
 def _first(error: BaseException) -> str:

@@ -179,7 +179,7 @@ def runs_in(precision: str, device: str) -> bool:
                 loss = layers(torch.ones(1, 2, 4, 4, device=device)).float().square().sum()
             loss.backward()
         return bool(torch.isfinite(loss))
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:  # torch: this device has no such operator, or none in this precision
         return False
 
 
