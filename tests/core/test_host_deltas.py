@@ -390,6 +390,15 @@ def test_an_adapter_is_exchanged_in_place_and_the_compiled_model_stays(x: Tensor
     with pytest.raises(fallow.AdapterError, match="rank"):
         fallow.hotswap(model, tmp_path / "other")
     assert difference(model(x), wanted(x)) == 0.0
+    saved(tmp_path / "scaled", alpha_pattern={"0": 7.0})  # the same shapes: only the config tells
+    with pytest.raises(fallow.AdapterError, match="alpha_pattern"):
+        fallow.hotswap(model, tmp_path / "scaled")
+    other = mlp()
+    with torch.no_grad():
+        other[0].weight.add_(0.1)
+    moved = get_peft_model(other, fallow.LoRAConfig(target_modules=["0", "2"], rank=2))
+    with pytest.raises(fallow.AdapterError, match="another base"):
+        fallow.hotswap(moved, tmp_path)
 
 
 # -- bases that are kept in codes -------------------------------------------------------------------------------------
@@ -504,3 +513,32 @@ def test_a_term_of_the_objective_reaches_any_torch_optimizer_and_can_be_left_to_
             expected = torch.zeros_like(param) if grad is None or penalty == "manual" else grad
             assert difference(param.grad, expected) < 1e-6
         assert float(total) > 0
+
+
+def test_the_blocks_of_a_fused_weight_are_penalised_once(x: Tensor):
+    config = fallow.PEGOConfig(target_modules=["2"], rank=1, group=2, fused={"2": 3}, own_loss="manual")
+    model = get_peft_model(mlp(), config)
+    stir(model)
+    fused = next(module for module in model.modules() if isinstance(module, Delta))
+    wanted = sum(float(part.loss()) for part in fused.parts)
+    assert wanted > 0
+    assert abs(float(fallow.penalty(model)) - wanted) < 1e-5 * wanted
+
+
+def test_a_weight_that_two_convolutions_share_is_changed_in_each_by_its_own_stride():
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv1d(4, 4, 3, stride=2, padding=1), nn.Conv1d(4, 4, 3, padding=1))
+    base[1].weight = base[0].weight
+    image = torch.randn(2, 4, 9)
+    model = get_peft_model(copy.deepcopy(base), fallow.LoRAConfig(target_modules=["0"], rank=2))
+    stir(model)
+    changed = model(image)
+    assert changed.shape == base(image).shape
+    assert difference(model.merge_and_unload()(image), changed) < 1e-5
+
+
+def test_steps_are_told_to_deltas_that_are_there_and_counted_only_then(x: Tensor):
+    model = get_peft_model(mlp(), fallow.DyLoRAConfig(target_modules=["0"], rank=4))
+    assert fallow.step(model) == 1
+    model.delete_adapter("default")
+    assert fallow.step(model) == 0

@@ -68,11 +68,12 @@ class EachStep:
         """Nothing depends on the length of the run before it is known."""
 
     def advance(self) -> bool:
+        """Whether any Delta was there to be told."""
         self.steps += 1
-        for ref in self.deltas:
-            if (delta := ref()) is not None and trained(delta):
-                delta.on_step(self.steps, self.total)
-        return bool(self.deltas)
+        present = [delta for ref in self.deltas if (delta := ref()) is not None and trained(delta)]
+        for delta in present:
+            delta.on_step(self.steps, self.total)
+        return bool(present)
 
 
 def trained(delta: Delta) -> bool:
@@ -96,8 +97,10 @@ def penalty(model: nn.Module) -> Tensor:
     For adapters made with `own_loss="manual"`; added to the objective beside "step" it counts twice.
     """
     total = torch.zeros(())
-    for delta in model.modules():
-        if isinstance(delta, Delta) and trained(delta) and (term := delta.loss()) is not None:
+    deltas = [module for module in model.modules() if isinstance(module, Delta)]
+    within = {id(part) for delta in deltas for part in delta.modules() if part is not delta}  # blocks of a fused weight
+    for delta in deltas:
+        if id(delta) not in within and trained(delta) and (term := delta.loss()) is not None:
             total = total.to(term.device) + term
     return total
 

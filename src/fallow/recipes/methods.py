@@ -26,7 +26,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
 from fallow.catalogue import card, methods
-from fallow.core.errors import ConfigError, SelectionError, nearest
+from fallow.core.errors import ConfigError, FallowError, SelectionError, nearest
 from fallow.core.peft_host import FallowConfig
 from fallow.core.select import Amount
 from fallow.recipes.adapter_files import base_fingerprints, check_peft, save_full, save_peft
@@ -152,7 +152,7 @@ def _with_peft(order: Order, method: str, cls: Any, options: dict[str, Any]) -> 
             order.network.requires_grad_(False)
             for name, part in parts_of(order.network).items():
                 inject_adapter_in_model(configs[name], part)
-        except ConfigError:
+        except FallowError:  # ours says by itself what is wrong
             raise
         except (ValueError, TypeError, NotImplementedError, KeyError) as error:
             said = str(error).strip().splitlines() or [type(error).__name__]
@@ -339,7 +339,8 @@ def _is_number(value: Any) -> bool:
 def make_method(method: str, order: Order) -> Trained:
     """Put the network into training by a method.
 
-    Raises ConfigError, SelectionError or DataError where its options do not fit the network; then nothing was trained.
+    Raises ConfigError, ModelError, SelectionError or DataError where its options do not fit the network; then nothing
+    was trained.
     """
     check_options(method, order.options)
     return METHODS[method].make(order)

@@ -21,12 +21,15 @@ from fallow.core.peft_host.layer import FallowLayer
 from fallow.core.peft_host.tuner import FallowModel
 
 FILE = "adapter_model.safetensors"
-SAME = ("method", "target_modules", "target_parameters", "fused", "seed")
+# What tensors do not tell: a scale from another `alpha`, or bases from another seed, would act silently.
+SAME = (
+    "method", "target_modules", "target_parameters", "fused", "patterns", "rank_pattern", "alpha_pattern", "seed",
+)  # fmt: skip
 
 
 @torch.no_grad()
 def hotswap(model: nn.Module, path: str | PathLike[str], adapter_name: str = "default") -> None:
-    """Let `adapter_name` be the adapter saved in the folder `path`: same method, same shapes, same layers.
+    """Let `adapter_name` be the adapter saved in the folder `path`: same method, options, layers and base.
 
     AdapterError for a file that differs in these or that is broken, ConfigError for an adapter that is not there or is
     merged; the model is then as before.
@@ -45,6 +48,9 @@ def hotswap(model: nn.Module, path: str | PathLike[str], adapter_name: str = "de
                 f"{name}={told!r} in {path}, where adapter '{adapter_name}' has {getattr(own, name)!r}; load it as "
                 "another adapter instead"
             )
+    bases = [(config.made or {}).get("base") for config in (given, own)]
+    if given.check_base and None not in bases and bases[0] != bases[1]:
+        raise AdapterError(f"{path} was trained on another base than adapter '{adapter_name}'; load it onto its own")
     try:
         tensors = load_file(Path(path) / FILE)
     except (OSError, SafetensorError) as error:
