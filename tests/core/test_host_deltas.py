@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import fallow
 from fallow.core.delta import Delta, method_of
+from fallow.core.peft_host.contract import check_version
 from fallow.core.quantized import quantize_
 from zoo import Zoo
 
@@ -542,3 +544,13 @@ def test_steps_are_told_to_deltas_that_are_there_and_counted_only_then(x: Tensor
     assert fallow.step(model) == 1
     model.delete_adapter("default")
     assert fallow.step(model) == 0
+
+
+def test_versions_of_peft_outside_those_tested_are_told():
+    with pytest.raises(fallow.ConfigError, match=r"PEFT 0\.20\.0 is too old for Fallow's adapters, which need 0\.21"):
+        check_version("0.20.0")
+    with pytest.warns(UserWarning, match=r"PEFT 0\.22\.1 is newer than 0\.21\.2"):
+        check_version("0.22.1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_version("0.21.5")

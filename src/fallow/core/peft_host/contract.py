@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import peft
 from packaging.version import Version
 from peft.config import PeftConfig
-from peft.utils import PeftType
 from torch import Tensor, nn
 
 from fallow.core.errors import AdapterError, ConfigError, nearest
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from fallow.core.peft_host.layer import FallowLayer
 
 NAME = "FALLOW"
+OLDEST, TESTED = "0.21.0", "0.21.2"  # of PEFT
 METHODS: dict[str, type[FallowConfig]] = {}
 
 Active = Sequence[tuple[Any, float]]  # what acts in a layer with its scales, in the order in which it is active
@@ -95,19 +95,22 @@ class _Type(str):
     value = name = property(str.__str__)
 
 
-def _peft_type() -> Any:
-    if Version(peft.__version__) >= Version("0.21.0.dev0"):
-        return _Type(NAME)
-    # Older versions ask `peft_type in list(PeftType)`, which only a real member answers.
-    member = str.__new__(PeftType, NAME)
-    member._name_, member._value_, member._sort_order_ = NAME, NAME, len(PeftType._member_names_)  # type: ignore[attr-defined]
-    type.__setattr__(PeftType, NAME, member)
-    PeftType._member_names_.append(NAME)
-    PeftType._member_map_[NAME] = PeftType._value2member_map_[NAME] = member
-    return member
+def check_version(version: str) -> None:
+    """ConfigError for a PEFT that is too old, a warning for one that is newer than all that this was tested with."""
+    if Version(version) < Version(OLDEST):
+        raise ConfigError(
+            f"PEFT {version} is too old for Fallow's adapters, which need {OLDEST} or newer: pip install -U peft"
+        )
+    if Version(version).release[:2] > Version(TESTED).release[:2]:
+        warnings.warn(
+            f"PEFT {version} is newer than {TESTED}, the last that Fallow was tested with; if adapters misbehave, "
+            f"pip install peft=={TESTED}",
+            stacklevel=2,
+        )
 
 
-PEFT_TYPE = _peft_type()
+check_version(peft.__version__)
+PEFT_TYPE: Any = _Type(NAME)
 
 
 class _ByMethod(type):
