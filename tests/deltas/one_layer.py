@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import subprocess
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,3 +78,48 @@ class OneLayer(nn.Module):
             return self.layer(x)
         finally:
             self.layer.weight.data = kept
+
+
+def with_matrix(layer: nn.Module, matrix: Tensor, x: Tensor) -> Tensor:
+    """What the layer gives with the (out, in) matrix in the place of its weight, differentiable."""
+    weight = view_of(layer).write(matrix, layer.weight)
+    return torch.func.functional_call(layer, {"weight": weight}, (x,))
+
+
+def backward_both(got: Tensor, want: Tensor) -> None:
+    """Compare the two, then run the backward of both from the same random gradient."""
+    torch.testing.assert_close(got, want)
+    weights = torch.randn_like(got)
+    (got * weights).sum().backward()
+    (want * weights).sum().backward()
+
+
+def train(model: OneLayer, optimizer: torch.optim.Optimizer, x: Tensor, steps: range, total: int = 8) -> None:
+    """These steps of a run of `total`, the Delta told of each."""
+    for step in steps:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        model.delta.on_step(step, total)
+
+
+def in_another_process(method: str, model: OneLayer, x: Tensor, **options: Any) -> Tensor:
+    """What a fresh process gives for x with the same base Linear(12, 20) and nothing but the Delta's state."""
+    told = io.BytesIO()
+    torch.save([method, options, model.delta.state_dict(), model.layer.state_dict(), x], told)
+    code = """
+import io, sys
+sys.path[:0] = sys.argv[1:]
+import torch
+import fallow.deltas
+from one_layer import OneLayer
+method, options, delta, layer, x = torch.load(io.BytesIO(sys.stdin.buffer.read()))
+base = torch.nn.Linear(12, 20)
+base.load_state_dict(layer)
+model = OneLayer(base, method, **options)
+model.delta.load_state_dict(delta)
+torch.save(model(x).detach(), sys.stdout.buffer)
+"""
+    command = [sys.executable, "-c", code, *sys.path]
+    found = subprocess.run(command, input=told.getvalue(), capture_output=True, check=True, timeout=60)
+    return torch.load(io.BytesIO(found.stdout))

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from one_layer import LAYERS, OneLayer, inputs
+from one_layer import LAYERS, OneLayer, inputs, train, with_matrix
 from torch import Tensor, nn
 
 from fallow.core.errors import ConfigError
@@ -34,7 +34,7 @@ def test_a_task_starts_at_the_last_ones_model_and_w_b_diag_w_a_has_no_scale(kind
     delta = model.delta
     a, b, g = (p.detach().clone().requires_grad_() for p in (delta.A, delta.B, delta.gate))
     w = view_of(layer).read(layer.weight) + b @ torch.diag(g) @ a
-    want = torch.func.functional_call(layer, {"weight": view_of(layer).write(w, layer.weight)}, (x,))
+    want = with_matrix(layer, w, x)
     got = model(x)
     torch.testing.assert_close(got, want)
     got.square().sum().backward()
@@ -150,22 +150,15 @@ def test_weights_are_float32_on_a_bf16_base() -> None:
 
 
 def test_a_loaded_state_continues_bit_for_bit() -> None:
-    def go(model: OneLayer, optimizer: torch.optim.Optimizer, x: Tensor, steps: range) -> None:
-        for step in steps:
-            optimizer.zero_grad()
-            model(x).square().mean().backward()
-            optimizer.step()
-            model.delta.on_step(step, 8)
-
     model, x = adapted("linear", torch.float32, max_kappa=0.1)
     optimizer = torch.optim.Adam(model.delta.parameters(), 1e-2)
-    go(model, optimizer, x, range(1, 6))
+    train(model, optimizer, x, range(1, 6))
     other = OneLayer(model.layer, "codyra", rank=4, max_kappa=0.1)
     other.delta.load_state_dict(model.delta.state_dict())
     second = torch.optim.Adam(other.delta.parameters(), 1e-2)
     second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    go(model, optimizer, x, range(6, 9))
-    go(other, second, x, range(6, 9))
+    train(model, optimizer, x, range(6, 9))
+    train(other, second, x, range(6, 9))
     assert torch.equal(model.delta.gate, other.delta.gate)
     assert torch.equal(model.delta.B, other.delta.B)
 

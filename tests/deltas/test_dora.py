@@ -5,7 +5,7 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from one_layer import LAYERS, OneLayer, inputs
+from one_layer import LAYERS, OneLayer, inputs, with_matrix
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -32,7 +32,7 @@ def by_the_equation(model: OneLayer, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     a, b, m = (p.detach().clone().requires_grad_() for p in (delta.A, delta.B, delta.magnitude))
     turned = view_of(layer).read(layer.weight) + delta.scaling * (b @ a)
     w = (m / turned.norm(dim=1).detach())[:, None] * turned
-    return torch.func.functional_call(layer, {"weight": view_of(layer).write(w, layer.weight)}, (x,)), [a, b, m]
+    return with_matrix(layer, w, x), [a, b, m]
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from one_layer import LAYERS, OneLayer, inputs
+from one_layer import LAYERS, OneLayer, backward_both, inputs, train, with_matrix
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -65,12 +65,9 @@ def test_at_a_drawn_rank_the_layer_is_that_of_the_leading_ranks(kind: str, updat
     else:
         change = 5 / rank * (b[:, : rank - 1].detach() @ a[: rank - 1].detach() + b[:, 2:3] @ a[2:3])
     w = view_of(layer).read(layer.weight) + change
-    want = torch.func.functional_call(layer, {"weight": view_of(layer).write(w, layer.weight)}, (x,))
+    want = with_matrix(layer, w, x)
     got = model(x)
-    torch.testing.assert_close(got, want)
-    weights = torch.randn_like(got)
-    (got * weights).sum().backward()
-    (want * weights).sum().backward()
+    backward_both(got, want)
     ours_b, ours_a = (
         torch.cat(
             [p.grad if p.grad is not None else torch.zeros_like(p) for n, p in delta.named_parameters() if n[0] == s], d
@@ -253,23 +250,16 @@ def test_always_at_full_rank_it_is_loras_trajectory() -> None:
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_loaded_state_continues_bit_for_bit_at_the_same_draws(strict: bool) -> None:
-    def go(model: OneLayer, optimizer: torch.optim.Optimizer, x: Tensor, steps: range) -> None:
-        for step in steps:
-            optimizer.zero_grad()
-            model(x).square().mean().backward()
-            optimizer.step()
-            model.delta.on_step(step, 8)
-
     model, x = adapted("linear", torch.float32, strict=strict)
     optimizer = torch.optim.Adam(model.delta.parameters(), 1e-2)
-    go(model, optimizer, x, range(1, 6))
+    train(model, optimizer, x, range(1, 6))
     other = OneLayer(model.layer, "dylora", rank=4, strict=strict)
     other.delta.load_state_dict(model.delta.state_dict())
     assert other.delta.drawn == model.delta.drawn == model.delta.draw(5) != model.delta.draw(0)
     second = torch.optim.Adam(other.delta.parameters(), 1e-2)
     second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    go(model, optimizer, x, range(6, 9))
-    go(other, second, x, range(6, 9))
+    train(model, optimizer, x, range(6, 9))
+    train(other, second, x, range(6, 9))
     assert all(torch.equal(p, q) for p, q in zip(model.delta.parameters(), other.delta.parameters(), strict=True))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from one_layer import LAYERS, OneLayer, inputs
+from one_layer import LAYERS, OneLayer, backward_both, inputs, with_matrix
 from torch import Tensor, nn
 
 from fallow.core.errors import ConfigError
@@ -32,21 +32,16 @@ def world(model: OneLayer, cut: int) -> Tensor:
     return (u[:, :keep] * s[:keep]) @ vt[:keep]
 
 
-def run(model: OneLayer, w: Tensor, x: Tensor) -> Tensor:
-    weight = view_of(model.layer).write(w, model.layer.weight)
-    return torch.func.functional_call(model.layer, {"weight": weight}, (x,))
-
-
 @pytest.mark.parametrize("kind", ALL)
 def test_start_is_the_truncated_model_on_layers_of_every_shape(kind: str) -> None:
     model, x = adapted(kind)
-    torch.testing.assert_close(model(x), run(model, world(model, 3), x))
+    torch.testing.assert_close(model(x), with_matrix(model.layer, world(model, 3), x))
     assert float((model(x) - model.layer(x)).detach().abs().max()) > 1e-3
     whole, _ = adapted(kind, torch.float32, trunc_rank=0)
     x = inputs(whole.layer)
     assert torch.equal(whole(x), whole.layer(x))
     other, x = adapted(kind, trunc_rank=5)
-    torch.testing.assert_close(other(x), run(other, world(other, 5), x))
+    torch.testing.assert_close(other(x), with_matrix(other.layer, world(other, 5), x))
 
 
 @pytest.mark.parametrize("kind", ["linear", "wide"])
@@ -68,13 +63,10 @@ def test_layer_is_its_equation_in_values_and_gradients(kind: str, alpha: float |
     model.delta.randomize()
     delta = model.delta
     a, d, b = (p.detach().clone().requires_grad_() for p in (delta.A, delta.d, delta.B))
-    want = run(model, world(model, 3) + (2.0 if alpha is None else 5 / 3) * b @ torch.diag(d) @ a, x)
+    want = with_matrix(model.layer, world(model, 3) + (2.0 if alpha is None else 5 / 3) * b @ torch.diag(d) @ a, x)
     got = model(x)
-    torch.testing.assert_close(got, want)
     torch.testing.assert_close(model.by_merged(x), got)
-    weights = torch.randn_like(got)
-    (got * weights).sum().backward()
-    (want * weights).sum().backward()
+    backward_both(got, want)
     for mine, true in ((delta.A, a), (delta.d, d), (delta.B, b)):
         torch.testing.assert_close(mine.grad, true.grad)
 
@@ -216,7 +208,8 @@ def test_growth_changes_nothing_and_shrinking_keeps_the_most_important(alpha: fl
 def test_dropout_leaves_what_is_taken_out_alone() -> None:
     model, x = adapted("linear", dropout=0.5)
     truncated = model(x).detach()
-    torch.testing.assert_close(truncated, run(model, world(model, 3), x))  # B is zero: nothing else is dropped
+    # B is zero: nothing else is dropped
+    torch.testing.assert_close(truncated, with_matrix(model.layer, world(model, 3), x))
     model.delta.randomize()
     assert float((model(x) - model(x)).abs().max().detach()) > 1e-3
     mean = torch.stack([model(x).detach() for _ in range(2000)]).mean(0)
@@ -232,9 +225,9 @@ def test_the_truncated_model_shows_on_request() -> None:
     model, x = OneLayer(layer, "kasa", rank=3, context=context), inputs(layer)
     model.delta.randomize()
     context["truncated_only"] = True
-    torch.testing.assert_close(model(x), run(model, world(model, 3), x))
+    torch.testing.assert_close(model(x), with_matrix(model.layer, world(model, 3), x))
     context.clear()
-    assert float((model(x) - run(model, world(model, 3), x)).abs().max().detach()) > 1e-3
+    assert float((model(x) - with_matrix(model.layer, world(model, 3), x)).abs().max().detach()) > 1e-3
 
 
 @pytest.mark.parametrize("weight", ["zero", "rank 5"])

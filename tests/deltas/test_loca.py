@@ -7,7 +7,7 @@ import copy
 import pytest
 import scipy.fft
 import torch
-from one_layer import LAYERS, OneLayer, inputs
+from one_layer import LAYERS, OneLayer, inputs, with_matrix
 from torch import Tensor, nn
 
 from fallow.core.errors import ConfigError
@@ -73,7 +73,7 @@ def test_gradients_of_coefficients_and_of_the_input_are_autograds_through_the_ma
     c1, c2 = (dct_matrix(n, torch.float64) for n in model.view.shape)
     w = view_of(layer).read(layer.weight) + 1.5 * (c1[l1] * a[:, None]).T @ c2[l2]
     x_ = x.clone().requires_grad_() if x.is_floating_point() else x
-    want = torch.func.functional_call(layer, {"weight": view_of(layer).write(w, layer.weight)}, (x_,))
+    want = with_matrix(layer, w, x_)
     weights = torch.randn_like(want)
     (want * weights).sum().backward()
     mine = x.clone().requires_grad_() if x.is_floating_point() else x

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from one_layer import LAYERS, OneLayer, inputs
+from one_layer import LAYERS, OneLayer, backward_both, inputs, with_matrix
 from torch import Tensor, nn
 
 from fallow.core.bases import ldu
@@ -24,11 +24,6 @@ def adapted(kind: str, dtype: torch.dtype = torch.float64, **options: object) ->
 
 def matrix(model: OneLayer) -> Tensor:
     return view_of(model.layer).read(model.layer.weight.detach())
-
-
-def run(model: OneLayer, w: Tensor, x: Tensor) -> Tensor:
-    weight = view_of(model.layer).write(w, model.layer.weight)
-    return torch.func.functional_call(model.layer, {"weight": weight}, (x,))
 
 
 def triangles(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,13 +49,10 @@ def test_layer_is_the_papers_residual_form_in_values_and_gradients(
     z = delta.z.detach().clone().requires_grad_()
     scale = (delta.scale.detach().clone() if train_scale else torch.tensor([scale_0]).double()).requires_grad_()
     residual = w - scale_0 * left[:, :rank] @ torch.diag(z_0) @ upper[:rank]
-    want = run(model, residual + scale * (left[:, :rank] @ torch.diag(z) @ upper[:rank]), x)
+    want = with_matrix(model.layer, residual + scale * (left[:, :rank] @ torch.diag(z) @ upper[:rank]), x)
     got = model(x)
-    torch.testing.assert_close(got, want)
     torch.testing.assert_close(model.by_merged(x), got)
-    weights = torch.randn_like(got)
-    (got * weights).sum().backward()
-    (want * weights).sum().backward()
+    backward_both(got, want)
     torch.testing.assert_close(delta.z.grad, z.grad)
     if train_scale:
         torch.testing.assert_close(delta.scale.grad, scale.grad)

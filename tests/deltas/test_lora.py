@@ -7,7 +7,7 @@ import math
 import peft
 import pytest
 import torch
-from one_layer import LAYERS, OneLayer, inputs
+from one_layer import LAYERS, OneLayer, backward_both, inputs, with_matrix
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -52,12 +52,9 @@ def test_layer_is_w_plus_s_b_a_in_values_and_gradients(kind: str, scaling: str) 
     s = 5 / 3 if scaling == "standard" else 5 / math.sqrt(3)
     a, b = (p.detach().clone().requires_grad_() for p in (delta.A, delta.B))
     w = view_of(layer).read(layer.weight) + s * (b @ a)
-    want = torch.func.functional_call(layer, {"weight": view_of(layer).write(w, layer.weight)}, (x,))
+    want = with_matrix(layer, w, x)
     got = model(x)
-    torch.testing.assert_close(got, want)
-    weights = torch.randn_like(got)
-    (got * weights).sum().backward()
-    (want * weights).sum().backward()
+    backward_both(got, want)
     torch.testing.assert_close(delta.A.grad, a.grad)
     torch.testing.assert_close(delta.B.grad, b.grad)
     torch.testing.assert_close(model.by_merged(x), got)

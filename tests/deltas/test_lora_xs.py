@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from one_layer import LAYERS, OneLayer, inputs
+from one_layer import LAYERS, OneLayer, backward_both, inputs, with_matrix
 from torch import Tensor, nn
 
 from fallow.core.errors import ConfigError
@@ -39,13 +39,10 @@ def test_layer_is_w_plus_s_b_r_a_in_values_and_gradients(kind: str, alpha: float
     layer, delta = model.layer, model.delta
     r = delta.R.detach().clone().requires_grad_()
     w = view_of(layer).read(layer.weight) + (1.0 if alpha is None else 2.0) * (delta.B @ r @ delta.A)
-    want = torch.func.functional_call(layer, {"weight": view_of(layer).write(w, layer.weight)}, (x,))
+    want = with_matrix(layer, w, x)
     got = model(x)
-    torch.testing.assert_close(got, want)
     torch.testing.assert_close(model.by_merged(x), got)
-    weights = torch.randn_like(got)
-    (got * weights).sum().backward()
-    (want * weights).sum().backward()
+    backward_both(got, want)
     torch.testing.assert_close(delta.R.grad, r.grad)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from one_layer import LAYERS, OneLayer, inputs
+from one_layer import LAYERS, OneLayer, inputs, with_matrix
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -75,7 +75,7 @@ def test_layers_are_w_plus_slowly_built_factors_in_values_and_gradients(kind: st
         private = [p.detach().clone().requires_grad_() for p in tensors(model.delta)[1]]
         d = slow(model.delta, plain, private)
         w = view_of(model.layer).read(model.layer.weight) + d
-        want = torch.func.functional_call(model.layer, {"weight": model.view.write(w, model.layer.weight)}, (x,))
+        want = with_matrix(model.layer, w, x)
         got = model(x)
         torch.testing.assert_close(model.delta.delta_weight(), d)
         torch.testing.assert_close(got, want)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
-from one_layer import LAYERS, OneLayer, inputs
+from one_layer import LAYERS, OneLayer, in_another_process, inputs, with_matrix
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -67,7 +64,7 @@ def test_layer_is_w_plus_combined_bases_in_values_and_gradients(
     model, x = adapted(kind, stored=stored, **options)
     d, own = by_the_equation(model.delta)
     w = view_of(model.layer).read(model.layer.weight) + d
-    want = torch.func.functional_call(model.layer, {"weight": model.view.write(w, model.layer.weight)}, (x,))
+    want = with_matrix(model.layer, w, x)
     got = model(x)
     torch.testing.assert_close(model.delta.delta_weight(), d, rtol=0, atol=1e-12)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-8)
@@ -142,24 +139,7 @@ def test_coefficients_and_a_seed_are_less_than_a_kilobyte_and_give_the_layer_bac
     state = model.delta.state_dict()
     assert not model.common.state_dict()
     assert len(save(state)) < 1024 + 4 * 80
-    file = io.BytesIO()
-    torch.save([state, model.layer.state_dict(), x], file)
-    again = """
-import io, torch
-import fallow.deltas.nola
-from one_layer import OneLayer
-delta, layer, x = torch.load(io.BytesIO(sys.stdin.buffer.read()))
-base = torch.nn.Linear(12, 20)
-base.load_state_dict(layer)
-model = OneLayer(base, "nola", num_basis=40, rank=3)
-model.delta.load_state_dict(delta)
-torch.save(model(x).detach(), sys.stdout.buffer)
-"""
-    told = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.path[:0] = sys.argv[1:]\n" + again, *sys.path],
-        input=file.getvalue(), capture_output=True, check=True, timeout=60,
-    )  # fmt: skip
-    assert torch.equal(torch.load(io.BytesIO(told.stdout)), model(x))
+    assert torch.equal(in_another_process("nola", model, x, num_basis=40, rank=3), model(x))
 
 
 @pytest.mark.parametrize("stored", [True, False])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from one_layer import LAYERS, OneLayer, inputs
+from one_layer import LAYERS, OneLayer, backward_both, inputs
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -58,10 +58,7 @@ def test_each_sample_has_the_blend_of_its_quality_in_values_and_gradients(kind: 
     a, b = (p.detach().clone().requires_grad_() for p in (delta.A, delta.B))
     one, other = (t.clone().requires_grad_() if t.is_floating_point() else t for t in (x, x))
     got, want = model(one), by_equation(model, other, Q.double(), a, b, 1.0 if alpha is None else 2.0)
-    torch.testing.assert_close(got, want)
-    weights = torch.randn_like(got)
-    (got * weights).sum().backward()
-    (want * weights).sum().backward()
+    backward_both(got, want)
     torch.testing.assert_close(delta.A.grad, a.grad)
     torch.testing.assert_close(delta.B.grad, b.grad)
     if x.is_floating_point():

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import subprocess
-import sys
 from math import ceil
 
 import peft
 import pytest
 import torch
-from one_layer import LAYERS, OneLayer, inputs
+from one_layer import LAYERS, OneLayer, backward_both, in_another_process, inputs, with_matrix
 from torch import Tensor, nn
 
 from fallow.core.delta import Site
@@ -64,13 +61,10 @@ def test_layer_is_w_plus_sum_of_scaled_bases_in_values_and_gradients(kind: str, 
     d, lambda_, gamma = by_the_equation(model.delta)
     plain = x.detach().clone().requires_grad_(x.requires_grad)
     w = view_of(model.layer).read(model.layer.weight) + d
-    want = torch.func.functional_call(model.layer, {"weight": model.view.write(w, model.layer.weight)}, (plain,))
+    want = with_matrix(model.layer, w, plain)
     got = model(x)
     torch.testing.assert_close(model.delta.delta_weight(), d)
-    torch.testing.assert_close(got, want)
-    weights = torch.randn_like(got)
-    (got * weights).sum().backward()
-    (want * weights).sum().backward()
+    backward_both(got, want)
     torch.testing.assert_close(model.delta.lambda_.grad, lambda_.grad)
     torch.testing.assert_close(model.delta.gamma.grad, gamma.grad)
     if x.requires_grad:
@@ -175,26 +169,9 @@ def test_ranks_of_their_own_and_other_kinds_of_bases_live_in_one_adapter() -> No
 
 def test_a_file_of_coefficients_and_the_seed_give_the_layer_back_in_another_process() -> None:
     model, x = adapted("linear", torch.float32, rank=3, zeros=0.5)
-    file = io.BytesIO()
-    torch.save([model.delta.state_dict(), model.common.state_dict(), model.layer.state_dict(), x], file)
     assert set(model.delta.state_dict()) == {"lambda_", "gamma"}
     assert not model.common.state_dict()
-    again = """
-import io, sys, torch
-import fallow.deltas.randlora
-from one_layer import OneLayer
-delta, _, layer, x = torch.load(io.BytesIO(sys.stdin.buffer.read()))
-base = torch.nn.Linear(12, 20)
-base.load_state_dict(layer)
-model = OneLayer(base, "randlora", rank=3, zeros=0.5)
-model.delta.load_state_dict(delta)
-torch.save(model(x).detach(), sys.stdout.buffer)
-"""
-    told = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.path[:0] = sys.argv[1:]\n" + again, *sys.path],
-        input=file.getvalue(), capture_output=True, check=True, timeout=60,
-    )  # fmt: skip
-    assert torch.equal(torch.load(io.BytesIO(told.stdout)), model(x))
+    assert torch.equal(in_another_process("randlora", model, x, rank=3, zeros=0.5), model(x))
 
 
 def test_another_seed_gives_other_bases() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from one_layer import LAYERS, OneLayer, inputs
+from one_layer import LAYERS, OneLayer, backward_both, inputs, with_matrix
 from torch import Tensor, nn
 
 from fallow.core.errors import AdapterError, ConfigError
@@ -23,11 +23,6 @@ def adapted(kind: str, dtype: torch.dtype = torch.float64, **options: object) ->
 
 def matrix(model: OneLayer) -> Tensor:
     return view_of(model.layer).read(model.layer.weight.detach())
-
-
-def run(model: OneLayer, w: Tensor, x: Tensor) -> Tensor:
-    weight = view_of(model.layer).write(w, model.layer.weight)
-    return torch.func.functional_call(model.layer, {"weight": weight}, (x,))
 
 
 def changed(model: OneLayer, relu: str, tensors: list[Tensor]) -> Tensor:
@@ -64,13 +59,10 @@ def test_layer_is_its_equation_in_values_and_gradients(kind: str, relu: str, for
     assert bool((delta.s[3:] + (delta.X @ delta.Y).diagonal() < 0).any())
     mine = [delta.a, delta.b, delta.X, delta.Y]
     true = [p.detach().clone().requires_grad_() for p in mine]
-    want = run(model, changed(model, relu, true), x)
+    want = with_matrix(model.layer, changed(model, relu, true), x)
     got = model(x)
-    torch.testing.assert_close(got, want)
     torch.testing.assert_close(model.by_merged(x), got)
-    weights = torch.randn_like(got)
-    (got * weights).sum().backward()
-    (want * weights).sum().backward()
+    backward_both(got, want)
     for p, q in zip(mine, true, strict=True):
         torch.testing.assert_close(p.grad, q.grad)
 

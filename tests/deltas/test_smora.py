@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from one_layer import LAYERS, OneLayer, inputs
+from one_layer import LAYERS, OneLayer, backward_both, inputs, train
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -89,10 +89,7 @@ def test_values_and_gradients_are_those_of_a_loop_over_tokens(kind: str, given: 
     tensors = [p.detach().clone().requires_grad_() for p in (delta.A, delta.B, delta.router)]
     ours, theirs = x[:1].clone().requires_grad_(), x[:1].clone().requires_grad_()
     got, want = model(ours), by_tokens(model, theirs, *tensors)
-    torch.testing.assert_close(got, want)
-    weights = torch.randn_like(got)
-    (got * weights).sum().backward()
-    (want * weights).sum().backward()
+    backward_both(got, want)
     for param, reference in zip((delta.A, delta.B, delta.router), tensors, strict=True):
         torch.testing.assert_close(param.grad, reference.grad)
     torch.testing.assert_close(ours.grad, theirs.grad)
@@ -315,22 +312,15 @@ def test_dropout_acts_in_training_alone_on_router_and_factors() -> None:
 
 
 def test_a_loaded_state_continues_bit_for_bit() -> None:
-    def go(model: OneLayer, optimizer: torch.optim.Optimizer, x: Tensor, steps: range) -> None:
-        for step in steps:
-            optimizer.zero_grad()
-            model(x).square().mean().backward()
-            optimizer.step()
-            model.delta.on_step(step, 8)
-
     model, x = adapted("linear", torch.float32)
     optimizer = torch.optim.Adam(model.delta.parameters(), 1e-2)
-    go(model, optimizer, x, range(1, 5))
+    train(model, optimizer, x, range(1, 5))
     other = OneLayer(model.layer, "smora", rank=8, active=4)
     other.delta.load_state_dict(model.delta.state_dict())
     second = torch.optim.Adam(other.delta.parameters(), 1e-2)
     second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    go(model, optimizer, x, range(5, 9))
-    go(other, second, x, range(5, 9))
+    train(model, optimizer, x, range(5, 9))
+    train(other, second, x, range(5, 9))
     assert torch.equal(model.delta.lean, other.delta.lean)
     assert all(torch.equal(p, q) for p, q in zip(model.delta.parameters(), other.delta.parameters(), strict=True))
 

@@ -7,7 +7,7 @@ import copy
 import peft
 import pytest
 import torch
-from one_layer import LAYERS, OneLayer, inputs
+from one_layer import LAYERS, OneLayer, backward_both, inputs, train, with_matrix
 from torch import Tensor, nn
 
 from fallow.core.errors import ConfigError
@@ -48,12 +48,9 @@ def test_layer_is_w_plus_s_b_diag_g_a_in_values_and_gradients(kind: str) -> None
     layer, delta = model.layer, model.delta
     a, b, g = (p.detach().clone().requires_grad_() for p in (delta.A, delta.B, delta.gate))
     w = view_of(layer).read(layer.weight) + 1.5 * (b @ torch.diag(g) @ a)
-    want = torch.func.functional_call(layer, {"weight": view_of(layer).write(w, layer.weight)}, (x,))
+    want = with_matrix(layer, w, x)
     got = model(x)
-    torch.testing.assert_close(got, want)
-    weights = torch.randn_like(got)
-    (got * weights).sum().backward()
-    (want * weights).sum().backward()
+    backward_both(got, want)
     for ours, reference in ((delta.A, a), (delta.B, b), (delta.gate, g)):
         torch.testing.assert_close(ours.grad, reference.grad)
     torch.testing.assert_close(model.by_merged(x), got)
@@ -174,7 +171,7 @@ def test_parameter_count_is_rank_times_out_plus_in_plus_one(kind: str) -> None:
     assert 12 * 8 * (4 * (768 + 768) + 2 * (768 + 3072)) == 1_327_104
 
 
-def train(penalty: float, steps: int = 150) -> list[int]:
+def surviving(penalty: float, steps: int = 150) -> list[int]:
     """Surviving ranks of two layers after a task of rank 2 in the first and rank 1 in the second."""
     torch.manual_seed(1)
     first, second = (nn.Linear(10, 10, bias=False) for _ in range(2))
@@ -198,7 +195,7 @@ def train(penalty: float, steps: int = 150) -> list[int]:
 
 
 def test_fewer_gates_survive_the_larger_the_threshold_and_layers_differ() -> None:
-    left = [train(penalty) for penalty in (0.0, 5e-3, 8e-3, 2e-2, 5e-2)]
+    left = [surviving(penalty) for penalty in (0.0, 5e-3, 8e-3, 2e-2, 5e-2)]
     assert left[0] == [6, 6]
     totals = [sum(pair) for pair in left]
     assert totals == sorted(totals, reverse=True)
@@ -225,22 +222,15 @@ def test_gates_are_float32_on_a_bf16_base_and_half_gates_are_refused() -> None:
 
 
 def test_a_loaded_state_continues_bit_for_bit() -> None:
-    def go(model: OneLayer, optimizer: torch.optim.Optimizer, x: Tensor, steps: range) -> None:
-        for step in steps:
-            optimizer.zero_grad()
-            model(x).square().mean().backward()
-            optimizer.step()
-            model.delta.on_step(step, 8)
-
     model, x = adapted("linear", torch.float32, threshold=0.02)
     optimizer = torch.optim.Adam(model.delta.parameters(), 1e-2)
-    go(model, optimizer, x, range(1, 5))
+    train(model, optimizer, x, range(1, 5))
     other = OneLayer(model.layer, "sora", rank=4, threshold=0.02)
     other.delta.load_state_dict(model.delta.state_dict())
     second = torch.optim.Adam(other.delta.parameters(), 1e-2)
     second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    go(model, optimizer, x, range(5, 9))
-    go(other, second, x, range(5, 9))
+    train(model, optimizer, x, range(5, 9))
+    train(other, second, x, range(5, 9))
     assert torch.equal(model.delta.gate, other.delta.gate)
     assert torch.equal(model.delta.A, other.delta.A)
 

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from one_layer import LAYERS, OneLayer, inputs
+from one_layer import LAYERS, OneLayer, inputs, with_matrix
 from torch import Tensor, nn
 
 from fallow.core.errors import AdapterError, ConfigError
@@ -27,11 +27,6 @@ def matrix(model: OneLayer) -> Tensor:
     return view_of(model.layer).read(model.layer.weight.detach())
 
 
-def run(model: OneLayer, w: Tensor, x: Tensor) -> Tensor:
-    weight = view_of(model.layer).write(w, model.layer.weight)
-    return torch.func.functional_call(model.layer, {"weight": weight}, (x,))
-
-
 @pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("options", [{"rank": 1}, {"rank": 3, "relative": True}, {}, {"nonneg": True}], ids=str)
 @pytest.mark.parametrize("form", ["added", "rewritten"])
@@ -45,7 +40,7 @@ def test_layer_is_the_papers_residual_form_in_values_and_gradients(kind: str, op
     sigma = s[:rank] * (1 + shift) if options.get("relative") else s[:rank] + shift
     sigma = sigma.relu() if options.get("nonneg") else sigma
     residual = w - (u[:, :rank] * s[:rank]) @ vt[:rank]
-    want = run(model, residual + (u[:, :rank] * sigma) @ vt[:rank], x)
+    want = with_matrix(model.layer, residual + (u[:, :rank] * sigma) @ vt[:rank], x)
     got = model(x)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(delta.sigma(), sigma)

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from one_layer import LAYERS, OneLayer, inputs
+from one_layer import LAYERS, OneLayer, inputs, with_matrix
 from torch import Tensor, nn
 
 from fallow.core.errors import ConfigError, ModelError
@@ -89,7 +89,7 @@ def test_layer_is_w_t_plus_s_delta_in_values_gradients_and_merged(kind: str, opt
     if options["transform_rank"]:
         w = w @ ring_matrix(delta.cores())
     w = w + 3.0 / delta.o.rank**0.5 * residual(model)
-    want = torch.func.functional_call(layer, {"weight": view_of(layer).write(w, layer.weight)}, (x,))
+    want = with_matrix(layer, w, x)
     got = model(x)
     torch.testing.assert_close(got, want)
     weights, params = torch.randn_like(got), list(delta.parameters())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from one_layer import LAYERS, OneLayer, inputs
+from one_layer import LAYERS, OneLayer, backward_both, inputs, with_matrix
 from torch import Tensor, nn
 
 from fallow.core.errors import ConfigError
@@ -40,13 +40,10 @@ def test_layer_is_w_plus_diag_b_b_diag_d_a_in_values_and_gradients(kind: str, ra
     d, b = (p.detach().clone().requires_grad_() for p in (delta.d, delta.b))
     change = torch.diag(b) @ model.common.B @ torch.diag(d) @ model.common.A
     w = view_of(layer).read(layer.weight) + change
-    want = torch.func.functional_call(layer, {"weight": view_of(layer).write(w, layer.weight)}, (x,))
+    want = with_matrix(layer, w, x)
     got = model(x)
-    torch.testing.assert_close(got, want)
     torch.testing.assert_close(model.by_merged(x), got)
-    weights = torch.randn_like(got)
-    (got * weights).sum().backward()
-    (want * weights).sum().backward()
+    backward_both(got, want)
     torch.testing.assert_close(delta.d.grad, d.grad)
     torch.testing.assert_close(delta.b.grad, b.grad)
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from one_layer import LAYERS, OneLayer, inputs
+from one_layer import LAYERS, OneLayer, inputs, with_matrix
 from torch import Tensor, nn
 
 from fallow.core.errors import ConfigError, ModelError
@@ -60,7 +60,7 @@ def test_layer_is_w_plus_d_in_values_gradients_and_merged(kind: str, options: di
     layer = model.layer
     y = model(x)
     w = view_of(layer).read(layer.weight) + model.delta.delta_weight()
-    want = torch.func.functional_call(layer, {"weight": view_of(layer).write(w, layer.weight)}, (x,))
+    want = with_matrix(layer, w, x)
     torch.testing.assert_close(y, want)
     weights = torch.randn_like(y)
     params = list(model.delta.parameters())
