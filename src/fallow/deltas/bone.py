@@ -37,10 +37,15 @@ class Bone(Delta):
 
     @dataclasses.dataclass(kw_only=True)
     class Options(MethodOptions):
+        """`rank`: r, the width of a shard; above the inputs it is the inputs. `kind`: "miss", "mini" or "bat", see
+        above. `mini_rank`: q of "mini", which divides the outputs. `group`: of "bat": blocks of the same outputs
+        ("out") or of the same inputs ("in") share one B. `dropout`: on the layer's input; "bat" takes none.
+        """
+
         rank: int = 64
         kind: Literal["miss", "mini", "bat"] = "miss"
-        mini_rank: int = 64  # q, which divides the outputs
-        group: Literal["out", "in"] = "out"  # of bat: which blocks of W share one B
+        mini_rank: int = 64
+        group: Literal["out", "in"] = "out"
         dropout: float = 0.0
 
         def check(self) -> None:

@@ -34,9 +34,10 @@ class CoDyRA(SoRA):
 
     @dataclasses.dataclass(kw_only=True)
     class Options(MethodOptions):
-        """`max_kappa`: the last threshold. `dense`: share of the run before any threshold. `threshold_mode`:
-        "constant", kappa as above, or "lr", times the learning rate's share of its highest value, as in SoRA.
-        `gate_init` ("normal", "ones") and `compat_2xi` as in SoRA.
+        """`rank`: r, of which gates may fall. `max_kappa`: the last threshold. `dense`: share of the run before any
+        threshold. `threshold_mode`: "constant", kappa as above, or "lr", times the learning rate's share of its highest
+        value, as in SoRA. `gate_init`: "normal", where chance decides who falls first, or "ones". `compat_2xi`: the
+        official code's threshold, which zeroes all below 2 kappa.
         """
 
         rank: int = 16

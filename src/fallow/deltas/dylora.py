@@ -43,9 +43,12 @@ class DyLoRA(LoRA):
 
     @dataclasses.dataclass(kw_only=True)
     class Options(MethodOptions):
-        """`rank`: R. `rank_min`: the least that is drawn. `unit`: ranks that go together; it divides both (a `rank_min`
-        of 1 stands for one unit). `update`: "frozen" or "full". `geometric`: p of a draw of the k-th rank with weight
-        (1 - p)^k, which trains low ranks more often; 0 is uniform.
+        """`rank`: R. `alpha`: the scale at rank b is alpha / b. `dropout`: on the layer's input. `rank_min`: the least
+        that is drawn. `unit`: ranks that go together; it divides both (a `rank_min` of 1 stands for one unit).
+        `update`: "frozen", the last unit of those drawn alone is trained, or "full", all of them. `strict`: resting
+        units have no gradient; False gives them one of zero, with which optimizers move them, as in the official code.
+        `geometric`: p of a draw of the k-th rank with weight (1 - p)^k, which trains low ranks more often; 0 is
+        uniform.
         """
 
         rank: int = 8

@@ -38,12 +38,18 @@ class Hydra(Delta):
 
     @dataclasses.dataclass(kw_only=True)
     class Options(MethodOptions):
-        rank: int = 2  # r, of the parallel head; 0 for none
-        sequential_rank: int = 2  # q; 0 for none
-        scale: float = 1.0  # s, not divided by a rank
-        dropout: float = 0.0  # between the projections of each head
+        """`rank`: r, of the parallel head; 0 for none. `sequential_rank`: q; 0 for none. `scale`: s, not divided by a
+        rank. `dropout`: between the projections of each head. `sees_bias`: the sequential head sees the layer's bias
+        too, as in the paper; hosts cannot merge it. `adapter_bias`: biases in both projections of each head; implies
+        `sees_bias`.
+        """
+
+        rank: int = 2
+        sequential_rank: int = 2
+        scale: float = 1.0
+        dropout: float = 0.0
         sees_bias: bool = False
-        adapter_bias: bool = False  # of both projections; implies sees_bias
+        adapter_bias: bool = False
 
         def check(self) -> None:
             whole("rank", self.rank, 0)

@@ -41,10 +41,12 @@ class KaSA(Delta):
 
     @dataclasses.dataclass(kw_only=True)
     class Options(MethodOptions):
-        """`alpha`: None for 2 * rank, the ratio of all of the paper's runs. `trunc_rank`: how many directions are taken
-        out; None for the rank, as in the paper; 0 for none. `dropout`: on the input of the update, not of what is taken
-        out. `beta`, `gamma`: see above. `reduction`: the penalty is the "mean" over the adapted layers, as in the
-        official script, for which its values of beta and gamma are made; or their "sum", as in PEFT. `gram`: see above.
+        """`rank`: r. `alpha`: None for 2 * rank, the ratio of all of the paper's runs. `trunc_rank`: how many
+        directions are taken out; None for the rank, as in the paper; 0 for none. `dropout`: on the input of the update,
+        not of what is taken out. `beta`: weight of |d|² in the loss. `gamma`: weight of the two distances from
+        orthogonality. `reduction`: the penalty is the "mean" over the adapted layers, as in the official script, for
+        which its values of beta and gamma are made; or their "sum", as in PEFT. `gram`: "small", the Gram matrices (r,
+        r), or "official", those of the large sides.
         """
 
         rank: int = 8

@@ -44,12 +44,19 @@ class LaMDA(Delta):
 
     @dataclasses.dataclass(kw_only=True)
     class Options(MethodOptions):
+        """`rank`: r. `freeze`: the part of the run (a float) or the step (a whole number) at which all of B is frozen;
+        0 trains the core alone. `core`: how B0 and S0 share the singular values, "sigma", "identity" or "sqrt", see
+        above. `order`: of the singular values, as columns are frozen, "descending" or "ascending". `basis`: "spectral",
+        or "random", what the released code does. `alpha`: of basis="random", whose scale is alpha / r; else it is 1.
+        `dropout`: on the layer's input.
+        """
+
         rank: int = 64
-        freeze: float = 0.3  # the part of the run (a float) or the step (a whole number) at which all of B is frozen
+        freeze: float = 0.3
         core: Literal["sigma", "identity", "sqrt"] = "sigma"
-        order: Literal["descending", "ascending"] = "descending"  # of the singular values, as columns are frozen
-        basis: Literal["spectral", "random"] = "spectral"  # random: what the released code does
-        alpha: float = 16.0  # of basis="random", whose scale is alpha / r; else it is 1
+        order: Literal["descending", "ascending"] = "descending"
+        basis: Literal["spectral", "random"] = "spectral"
+        alpha: float = 16.0
         dropout: float = 0.1
 
         def check(self) -> None:

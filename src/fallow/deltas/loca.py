@@ -44,10 +44,11 @@ class LoCA(Delta):
 
     @dataclasses.dataclass(kw_only=True)
     class Options(MethodOptions):
-        """`components`: n. `coefficient_steps`, `location_steps`: B_a and B_l, optimizer steps. `location_until`: B_s;
-        None for a tenth of training; 0 for random places that stay, which need no moves. `rate`: of a place's step to
-        a coefficient's, lr_u / lr_a. `dct`: "auto", or how D is formed. `compat`: places end at 0.999, as in the
-        official code, and the highest frequencies of sides above 500 are out of reach.
+        """`components`: n. `alpha`: the scale of D. `dropout`: on the layer's input. `coefficient_steps`: B_a,
+        optimizer steps of a turn. `location_steps`: B_l, likewise. `location_until`: B_s; None for a tenth of training;
+        0 for random places that stay, which need no moves. `rate`: of a place's step to a coefficient's, lr_u / lr_a.
+        `dct`: how D is formed, "fast" (FFT), "gather" (rows of C), or the cheaper, "auto". `compat`: places end at
+        0.999, as in the official code, and the highest frequencies of sides above 500 are out of reach.
         """
 
         components: int = 1000

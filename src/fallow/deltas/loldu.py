@@ -38,11 +38,14 @@ class LoLDU(OnBases):
     @dataclasses.dataclass(kw_only=True)
     class Options(MethodOptions):
         """`rank`: how many pivots, the first ones, or "full" as in most of the paper. `alpha`: scale_0 = alpha / rank;
-        None for scale_0 = 1, as in all of the paper's runs. `init`, z_0, with m the mean of D: "uniform" in +-|m| / 2,
+        None for scale_0 = 1, as in all of the paper's runs. `init`: z_0, with m the mean of D: "uniform" in +-|m| / 2,
         as in the paper, "lu" D itself, "normal" of D's mean and deviation, "constant" m, "ones", "zeros", "s_uniform"
-        in +-1, "s_normal" of deviation 1. `train_scale`: as in the paper; its code leaves the scale frozen. A learning
-        rate of a tenth suits it. `normalize`: the rows of U get norm 1 and D takes what they had, for tiny pivots make
-        rows, and so steps, huge. `form`, `save_basis`: see OnBases. Weight decay pulls z to 0, not to z_0: give none.
+        in +-1, "s_normal" of deviation 1. `train_scale`: as in the paper, at a tenth of the learning rate best; its
+        code leaves the scale frozen. `normalize`: the rows of U get norm 1 and D takes what they had, for tiny pivots
+        make rows, and so steps, huge. `form`: "added", D x beside the layer, or "rewritten", one product with W' in its
+        place. `save_basis`: keep the factors in the file; if not, they are made of W again.
+
+        Weight decay pulls z to 0, not to z_0: give none.
         """
 
         rank: int | str = "full"

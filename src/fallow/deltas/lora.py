@@ -24,8 +24,8 @@ from fallow.core.errors import ConfigError
 
 @dataclasses.dataclass(kw_only=True)
 class FactorOptions(MethodOptions):
-    """`alpha`: None for the rank, so that s = 1 (sqrt(r) for "rslora"). `scaling`: "standard" alpha / rank, or "rslora"
-    alpha / sqrt(rank), with which gradients keep their size at high ranks.
+    """`rank`: r. `alpha`: None for the rank, so that s = 1 (sqrt(r) for "rslora"). `scaling`: "standard" alpha / rank,
+    or "rslora" alpha / sqrt(rank), with which gradients keep their size at high ranks.
     """
 
     rank: int = 8

@@ -29,9 +29,9 @@ class LoRAXS(Delta):
 
     @dataclasses.dataclass(kw_only=True)
     class Options(MethodOptions):
-        """`alpha`: None for the rank, so that s = 1. `save_factors`: keep A and B, r (in + out) numbers, in the file;
-        if not, they are made of W again, which asks for the very same W: where singular values lie close together, a
-        change in its last bits gives other vectors.
+        """`rank`: r. `alpha`: None for the rank, so that s = 1. `dropout`: on the layer's input. `save_factors`: keep A
+        and B, r (in + out) numbers, in the file; if not, they are made of W again, which asks for the very same W:
+        where singular values lie close together, a change in its last bits gives other vectors.
         """
 
         rank: int = 16

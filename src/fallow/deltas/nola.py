@@ -32,9 +32,11 @@ class NOLA(Delta):
 
     @dataclasses.dataclass(kw_only=True)
     class Options(MethodOptions):
-        """`num_basis`: k, the trained numbers of one factor. `rank`: costs time, no trained numbers; with
-        target="full" it only divides alpha. `anchor`: start from A0, else from random a. `stored`: keep the bases, once
-        for all layers, k r (max in + max out) numbers. `dropout`: on x.
+        """`num_basis`: k, the trained numbers of one factor. `rank`: r; costs time, no trained numbers; with
+        target="full" it only divides alpha. `alpha`: the scale is alpha / r. `dropout`: on the layer's input. `target`:
+        what is combined, the two "factors" or the "full" matrix (out, in). `anchor`: start from A0, else from random a.
+        `stored`: keep the bases, once for all layers, k r (max in + max out) numbers; if not, they are made in each
+        pass.
         """
 
         num_basis: int = 128

@@ -34,9 +34,14 @@ class PEGO(Delta):
 
     @dataclasses.dataclass(kw_only=True)
     class Options(MethodOptions):
+        """`rank`: r, of each module. `group`: N. `orthogonality`: what both terms count in the objective. `side`:
+        products over the "input", (out, out), or over the "output", (in, in), see above. `norm`: "l1", sums of absolute
+        entries, or "fro2", of squares.
+        """
+
         rank: int = 4
-        group: int = 4  # N
-        orthogonality: float = 1e-3  # what both terms count in the objective
+        group: int = 4
+        orthogonality: float = 1e-3
         side: Literal["input", "output"] = "input"
         norm: Literal["l1", "fro2"] = "l1"
 

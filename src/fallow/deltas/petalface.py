@@ -36,9 +36,10 @@ class PETALface(Delta):
     @dataclasses.dataclass(kw_only=True)
     class Options(MethodOptions):
         """`rank`: of each branch. `alpha`: None for the rank; s = alpha / rank, the paper's is 1. `branch_dropout`: on
-        what each branch puts out, after B. `threshold`, `slope`, `clamp`: of the gate; as they are, g is q within
-        [0, 1]; `calibrated(scores)` gives those that fit a set of scores, `clamp=False` the official gate. `windowed`:
-        layers may see several windows of each sample, one after the other, as in windowed attention.
+        what each branch puts out, after B. `threshold`: of the gate, which is 1/2 there; `calibrated(scores)` gives the
+        two that fit a set of scores. `slope`: of the gate; with 1 and a threshold of 0.5, g is q. `clamp`: g within [0,
+        1]; False for the official gate. `windowed`: layers may see several windows of each sample, one after the other,
+        as in windowed attention.
         """
 
         rank: int = 8

@@ -41,12 +41,13 @@ class RandLoRA(Delta):
 
     @dataclasses.dataclass(kw_only=True)
     class Options(MethodOptions):
-        """`rank`: of one base; a smaller one has more trained numbers. `scaling`: "official" is alpha / (r sqrt(n)),
-        "peft" alpha / r. `alpha`: by default 2 r for "official", 20 r for "peft". `zeros`: the share of zeros in bases
-        of -1, 0 and 1 (the paper's sparse ones: 2/3, very sparse ones: 1 - 1/sqrt(m)); 0 for uniform bases. `form`:
-        "rewritten" runs the layer with W + G in the place of W, which is faster for many tokens and takes no dropout.
-        `pairing`: "peft" takes the columns of B in PEFT's order, at the price of a copy of B, and keeps A and B in the
-        file, as `fallow.from_peft` needs it.
+        """`rank`: of one base; a smaller one has more trained numbers. `alpha`: None for 2 r with "official", 20 r with
+        "peft". `scaling`: "official" is alpha / (r sqrt(n)), "peft" alpha / r. `zeros`: the share of zeros in bases of
+        -1, 0 and 1 (the paper's sparse ones: 2/3, very sparse ones: 1 - 1/sqrt(m)); 0 for uniform bases. `dropout`: on
+        the layer's input. `form`: "added", beside the layer, or "rewritten", which runs the layer with W + G in the
+        place of W: faster for many tokens, and takes no dropout. `pairing`: how the columns of B are dealt out, as in
+        the "equation", or in the order of "peft", at the price of a copy of B and with A and B in the file, as
+        `fallow.from_peft` needs it.
         """
 
         rank: int = 32

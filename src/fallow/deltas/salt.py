@@ -37,12 +37,15 @@ class SALT(OnBases):
 
     @dataclasses.dataclass(kw_only=True)
     class Options(MethodOptions):
-        """`ratio`: the share of singular values that is the top, at least one; `top`: their number instead.
-        `rank`: q, cut to the size of the tail, above which X Y gains nothing (the paper counts 36,216 numbers for r =
-        700 and q = 256 of 768: here 10,648). The defaults are the official code's. `init`: "zero", or "gauss", X and Y
-        normal of deviation 0.01, as in the official code for SAM, which does not start at W. `relu`: "all", "diag" or
-        "none". `reg`: 0 as in the released settings; the official trainer's own default is 0.01. `form`, `save_basis`:
-        see OnBases. Weight decay pulls `a` to 0 and not to 1: give it none.
+        """`ratio`: the share of singular values that is the top, at least one. `top`: their number instead. `rank`: q,
+        cut to the size of the tail, above which X Y gains nothing (the paper counts 36,216 numbers for r = 700 and q =
+        256 of 768: here 10,648). `relu`: of "all" the sum as in the paper, of its "diag" alone, or "none". `init`:
+        "zero", or "gauss", X and Y normal of deviation 0.01, as in the official code for SAM, which does not start at
+        W. `reg`: weight of the two norms in the loss; 0 as in the released settings, where the official trainer's own
+        default is 0.01. `form`: "added", D x beside the layer, or "rewritten", one product with W' in its place.
+        `save_basis`: keep the singular vectors in the file; if not, they are made of W again.
+
+        The defaults are the official code's. Weight decay pulls `a` to 0 and not to 1: give it none.
         """
 
         ratio: float = 0.1

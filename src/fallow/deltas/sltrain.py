@@ -43,8 +43,8 @@ class SLTrain(Delta):
 
     @dataclasses.dataclass(kw_only=True)
     class Options(MethodOptions):
-        """`alpha`: None for the rank; s = alpha / rank. `density`: the share of W that S holds. `support`: "uniform",
-        or "rows" for as many in each row.
+        """`rank`: r. `alpha`: None for the rank; s = alpha / rank. `density`: the share of W that S holds. `support`:
+        "uniform", or "rows" for as many in each row.
         """
 
         rank: int = 8

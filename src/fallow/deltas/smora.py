@@ -48,8 +48,10 @@ class SMoRA(Delta):
 
     @dataclasses.dataclass(kw_only=True)
     class Options(MethodOptions):
-        """`active`: k. `partition`: P, which divides rank and active. `gate`: "sigmoid", or the paper's "softmax" over
-        the chosen logits, times k. `balance`: u; None for 0.1 / steps of the run. `dropout`: on x, for router and all.
+        """`rank`: r, all of the experts. `active`: k, those that a token uses. `partition`: P, ranks that are chosen
+        together, which divides rank and active. `alpha`: the scale is alpha / k. `dropout`: on x, for router and all.
+        `gate`: "sigmoid", or the paper's "softmax" over the chosen logits, times k. `balance`: u; None for 0.1 / steps
+        of the run. `bias_in_gate`: the balance counts in the gate too, as in the released code.
         """
 
         rank: int = 64

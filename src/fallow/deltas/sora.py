@@ -41,10 +41,11 @@ class SoRA(LoRA):
 
     @dataclasses.dataclass(kw_only=True)
     class Options(LoRA.Options):
-        """`threshold`: xi of a step at the highest learning rate. `threshold_mode`: "lr", xi falls with the rate, as in
-        the theory; "constant", as in the official code, where xi outgrows the gates' own steps in the end and every
-        gate falls. `gate_init`: "normal", where chance decides who falls first, or "ones". `l1`: weight of the sum of
-        |g| as a term of the loss besides. `compat_2xi`: the official code's threshold.
+        """`rank`: r at the start. `alpha`: s = alpha / rank of the start; None for the rank. `threshold`: xi of a step
+        at the highest learning rate. `threshold_mode`: "lr", xi falls with the rate, as in the theory; "constant", as
+        in the official code, where xi outgrows the gates' own steps in the end and every gate falls. `gate_init`:
+        "normal", where chance decides who falls first, or "ones". `l1`: weight of the sum of |g| as a term of the loss
+        besides. `compat_2xi`: the official code's threshold, which zeroes all below 2 xi.
 
         The share of the highest rate that "lr" needs is `fallow.condition(model, lr_share=...)` around the step; unless
         that is given, it falls linearly to zero over the run, as in the paper.

@@ -39,7 +39,9 @@ class SVFit(OnBases):
     class Options(MethodOptions):
         """`rank`: how many singular values are trained, the largest first, or "full". `energy`: in place of rank, as
         many as hold this share of the squared norm. `relative`: sigma = s (1 + delta), whose steps grow with s.
-        `nonneg` (ours): sigma = max(s + delta, 0). `svd`, `form`, `save_basis`: see above and OnBases.
+        `nonneg`: (ours) sigma = max(s + delta, 0). `svd`: "randomized" where the rank is below a quarter of k, or
+        "full", always exact. `form`: "added", D x beside the layer, or "rewritten", one product with W' in its place.
+        `save_basis`: keep the vectors in the file; if not, they are made of W again.
         """
 
         rank: int | str = "full"

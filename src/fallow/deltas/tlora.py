@@ -46,9 +46,11 @@ class TLoRA(Delta):
 
     @dataclasses.dataclass(kw_only=True)
     class Options(MethodOptions):
-        """`rank`: r. `order`: D, factors of a width. `start`: None for "paper" up to R_T = 1, "bonds" above; "noise"
-        adds N(0, 0.01^2) to the paper's, which is the identity to 4e-2 only. `penalty`: mu of the regulariser, which
-        adds the norms of all slices' distances from the start.
+        """`transform_rank`: R_T of the transform; 1 for a Kronecker product, 0 for none. `rank`: r of the residual.
+        `residual`: "lora", "tr", "ttm" or "none", see above. `alpha`: of the residual's scale. `scaling`: "rslora"
+        alpha / sqrt(r), or "standard" alpha / r. `order`: D, factors of a width. `start`: None for "paper" up to R_T =
+        1, "bonds" above; "noise" adds N(0, 0.01^2) to the paper's, which is the identity to 4e-2 only. `penalty`: mu of
+        the regulariser, which adds the norms of all slices' distances from the start.
         """
 
         transform_rank: int = 2

@@ -31,8 +31,9 @@ class VeRA(Delta):
 
     @dataclasses.dataclass(kw_only=True)
     class Options(MethodOptions):
-        """`d_initial`: what d starts at. `save_projection`: keep A and B in the file, once for all layers; if not, they
-        are drawn again, the same on every system that has torch's generator.
+        """`rank`: r, of the factors that all layers share. `dropout`: on the layer's input. `d_initial`: what d starts
+        at. `save_projection`: keep A and B in the file, once for all layers; if not, they are drawn again, the same on
+        every system that has torch's generator.
         """
 
         rank: int = 256

@@ -46,9 +46,11 @@ class WaRA(Delta):
 
     @dataclasses.dataclass(kw_only=True)
     class Options(MethodOptions):
-        """`rank`: of a pair; 8, or 4 for each band of "weight", whose four may be told apart by `bands` (LL, LH, HL,
-        HH; 0 for none). `alpha`: None for rank, so that s = alpha / rank = 1. `tiny`: None, or which R: "full" (r, r)
-        or "diag" (r,).
+        """`variant`: "feature", one pair for both bands, or "weight", a pair for each of four. `wavelet`: a filter's
+        name such as "haar", "db2", or the control, "random_orthogonal". `levels`: how often the low band is
+        transformed. `rank`: of a pair; None for 8, or for 4 for each band of "weight". `alpha`: None for rank, so that
+        s = alpha / rank = 1. `dropout`: on the layer's input. `bands`: of "weight", the ranks of LL, LH, HL, HH apart;
+        0 for none. `tiny`: None, or R alone is trained: "full" (r, r) or "diag" (r,).
         """
 
         variant: Literal["feature", "weight"] = "feature"

@@ -32,8 +32,10 @@ class WaRASpatial(Delta):
 
     @dataclasses.dataclass(kw_only=True)
     class Options(MethodOptions):
-        """`alpha`: None for rank. `grid`: rows and columns of tokens, None for a square. `prefix`: tokens before them
-        (class, registers), which pass unchanged, or with `adapt_prefix` get B phi(A x). `phi`: on the coefficients.
+        """`wavelet`: the filter, such as "haar" or "db2". `rank`: r. `alpha`: None for rank, so that s = 1. `dropout`:
+        on the layer's input. `grid`: rows and columns of tokens, None for a square. `prefix`: tokens before them
+        (class, registers), which pass unchanged. `adapt_prefix`: they get B phi(A x) instead. `phi`: on the
+        coefficients, "identity" or "gelu".
         """
 
         wavelet: str = "db2"
