@@ -43,6 +43,8 @@ def run_deltas(
     """
     if view.kind == "parameter":
         return _in_place_of_parameter(layer, tensor, view, read, active, (x, *args), kwargs)
+    if view.alone and x.dim() == view.alone:
+        return run_deltas(base, layer, tensor, view, read, active, x.unsqueeze(0), *args, **kwargs).squeeze(0)
     rewriting = False
     for delta, _ in active:
         if delta.mode == "weight":

@@ -36,6 +36,7 @@ class View:
 
     kind: ClassVar[Kind] = "linear"
     channels: ClassVar[int] = -1  # the dimension of x and h that holds the channels
+    alone: int = 1  # the dimensions of a sample without a batch; 0 where there is no such thing
 
     def __init__(self, out_features: int, in_features: int) -> None:
         self.shape = (out_features, in_features)
@@ -82,6 +83,7 @@ class ConvView(View):
     def __init__(self, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         super().__init__(layer.weight.shape[0], layer.weight[0].numel())
         self.kernel, self.groups, self.stride = layer.weight.shape[1:], layer.groups, layer.stride
+        self.alone = len(self.kernel)
         self.padding, self.dilation, self.padding_mode = layer.padding, layer.dilation, layer.padding_mode
         self.around = layer._reversed_padding_repeated_twice
         self.conv = cast(Any, _CONV[layer.weight.dim()])
@@ -114,6 +116,7 @@ class EmbeddingView(TransposedView):
     """An Embedding: (width, rows of the table). x is a tensor of integers."""
 
     kind = "embedding"
+    alone = 0
 
     def __init__(self, layer: nn.Embedding) -> None:
         super().__init__(layer.embedding_dim, layer.num_embeddings)
@@ -130,6 +133,7 @@ class ParameterView(View):
     """A parameter of two or more dimensions that its module reads itself: all but the last are rows."""
 
     kind = "parameter"
+    alone = 0
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__(weight[..., 0].numel(), weight.shape[-1])
