@@ -15,10 +15,11 @@ from typing import Any
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "docs")]
+
+from method_pages import method_page, title  # noqa: E402
 
 from fallow import catalogue  # noqa: E402
-from fallow.catalogue import Card  # noqa: E402
 
 
 def on_config(config: Any) -> Any:
@@ -55,10 +56,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 # -- methods ----------------------------------------------------------------------------------------------------------
 
 
-def title(card: Card) -> str:
-    return card.name or {"lora": "LoRA", "peft": "Any PEFT method", "full": "Full fine-tuning"}[card.slug]
-
-
 def overview() -> str:
     """All cards, in two tables."""
     lines = ["# Methods", "", "## Ready", "", "| method | idea | what it does |", "| --- | --- | --- |"]
@@ -68,45 +65,6 @@ def overview() -> str:
     lines += ["| method | idea | what it is for | paper |", "| --- | --- | --- | --- |"]
     lines += [f"| {c.slug} | {c.idea} | {c.purpose} | [{c.title}]({c.link}) |" for c in cards if not c.ready]
     return "\n".join(lines) + "\n"
-
-
-def method_page(card: Card) -> str:
-    """A card in full, with how to use it and the docstrings of its module and class."""
-    facts = [("Idea", card.idea), ("Defaults", card.defaults), ("Claim", card.claim), ("Tested in", f"`{card.tested}`")]
-    paper = f"[{card.title}]({card.link}), arXiv {card.arxiv}" if card.link else ""
-    lines = [f"# {title(card)}", "", f"{card.slug}: {card.purpose}.", "", "| | |", "| --- | --- |"]
-    lines += [f"| {name} | {text} |" for name, text in [("Paper", paper), *facts] if text]
-    lines += ["", "```bash", f"fallow train --method {card.slug}{EXTRA.get(card.slug, '')}", "```", ""]
-    if card.home:
-        lines += ["```python", *use(card), "```", "", "## The method", "", module_text(card), "", "## The class", ""]
-        lines += [f"::: {card.home}.{card.name}", "    options:", "      members: [from_official, from_peft]"]
-        lines += ["", "Saving, loading, scales and resuming are those of [every selective method](../python.md)."]
-    return "\n".join(lines) + "\n"
-
-
-EXTRA = {"sara": " --fraction 0.05", "shira": " --mask snip", "lora": " --rank 8", "peft": " --option peft_type=LOHA"}
-
-
-def use(card: Card) -> list[str]:
-    more = ", batches=batches, loss=loss" if card.slug == "lt-sft" else ""
-    return [
-        "import fallow",
-        "",
-        f"optimizer = fallow.{card.name}(model{more})  # in place of torch.optim.AdamW(model.parameters())",
-        "loss.backward(); optimizer.step(); optimizer.zero_grad()" if not more else "...",
-        'optimizer.save("adapter.safetensors")',
-    ]
-
-
-def module_text(card: Card) -> str:
-    """The text at the top of the method's module; indented lines become a block of code, as they are meant."""
-    path = ROOT / "src" / Path(*card.home.split(".")).with_suffix(".py")
-    text = path.read_text(encoding="utf-8").split('"""')[1]
-    return "\n".join(escaped(line) for line in text.strip().splitlines())
-
-
-def escaped(line: str) -> str:
-    return line if line.startswith("    ") else re.sub(r"([|*<])", r"\\\1", line)
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,282 @@
+"""The page of each method, made from its card, its class and what was measured.
+
+# Bone        what it does; paper, defaults, where it is tested
+## Equation, ## When to use it
+## Use        in PEFT, without PEFT, on the command line; the tests run what stands there
+## Options    read from the class
+## Cost       the formula, and the figures of benchmarks/results
+## Found      what the paper claims, what we measured
+## The method, ## Reference        the module's own text, and its class
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from measured_cost import measured
+
+from fallow.catalogue import Card
+from fallow.catalogue.option import options_of
+
+ROOT = Path(__file__).resolve().parents[1]
+UNNAMED = {"peft": "Any PEFT method", "full": "Full fine-tuning"}
+OPTIONS = {"sara": "--fraction 0.05", "shira": "--mask snip", "lora": "--rank 8", "peft": "--option peft_type=LOHA"}
+IDEAS = {
+    "selection": "some entries of the existing weights are trained in place",
+    "delta": "a frozen weight is changed by a few trained tensors",
+}
+TARGETS = '["q_proj", "v_proj"]'
+
+
+@dataclass(frozen=True)
+class Example:
+    """How a weight parameterization is used: its options; a learning rate; lines of a loop that only it needs.
+
+    `told`: whether it must know the length of the run. `at_steps`: what it does after an optimizer step. `around`: the
+    `with` of each forward. `after`: lines once it is trained.
+    """
+
+    options: str = ""
+    lr: str = "5e-4"
+    told: bool = False
+    at_steps: str = ""
+    around: str = ""
+    after: tuple[str, ...] = ()
+    lora: str = ", rank=16"  # of `to_lora`; "" where a plain LoRA is exact
+    merges: bool = True
+
+
+EXAMPLES: dict[str, Example] = {
+    "bone": Example("rank=64", "1e-3", lora=""),
+    "codyra": Example("rank=16", told=True, at_steps="lets gates fall", lora=""),
+    "dora": Example("rank=8, alpha=16"),
+    "dylora": Example(
+        'rank=8, update="full"',
+        at_steps="draws the next rank",
+        after=("with fallow.condition(model, rank=4):", "    ...  # the model at rank 4, in eval mode", ""),
+        lora="",
+    ),
+    "hydra": Example("rank=2, sequential_rank=2", "1e-3"),
+    "kasa": Example("rank=8", lora=""),
+    "lamda": Example("rank=64, freeze=0.3", "2e-3", told=True, at_steps="freezes columns of B", lora=""),
+    "loca": Example("components=1000", "5e-3", told=True, at_steps="changes between places and coefficients"),
+    "loldu": Example("", "5e-3"),
+    "lora": Example("rank=8, alpha=16", lora=""),
+    "lora-xs": Example("rank=16", "5e-3", lora=""),
+    "mos": Example("rank=8, equivalent_rank=2", lora=""),
+    "mosa": Example("rank=16, experts=4", "1e-3", lora=""),
+    "nola": Example("num_basis=128, rank=16", "1e-2", lora=""),
+    "pego": Example("rank=4, group=4", lora=""),
+    "petalface": Example(
+        "rank=8",
+        around="fallow.condition(model, quality=scores(batch)):  # one in [0, 1] for each sample",
+        lora="",
+        merges=False,
+        after=(
+            "with fallow.condition(model, quality=0.9):  # for inputs of that quality alone",
+            "    merged = model.merge_and_unload()",
+        ),
+    ),
+    "randlora": Example("rank=32", "1e-3"),
+    "salt": Example("ratio=0.1, rank=8", "2e-3"),
+    "sltrain": Example("rank=8, density=0.03"),
+    "smora": Example("rank=64, active=8", told=True, at_steps="moves the balance", merges=False),
+    "sora": Example("rank=8", "1e-3", told=True, at_steps="lets gates fall", lora=""),
+    "svfit": Example("", "5e-3"),
+    "tlora": Example("transform_rank=2, rank=4", "5e-4"),
+    "vera": Example("rank=256", "4e-3"),
+    "wara": Example("rank=8", "1e-3", lora=""),
+    "wara-spatial": Example("rank=8, grid=(4, 4)", merges=False),
+}
+
+
+def title(card: Card) -> str:
+    return card.name or UNNAMED[card.slug]
+
+
+def is_delta(card: Card) -> bool:
+    """Whether it is a weight parameterization of this package."""
+    return card.ready and card.home.startswith("fallow.deltas.")
+
+
+def method_page(card: Card) -> str:
+    """The page in Markdown."""
+    paper = f"[{card.title}]({card.link}), arXiv {card.arxiv}" if card.link else ""
+    idea = f"{card.idea}: {IDEAS[card.idea]}" if card.idea in IDEAS else card.idea
+    tested = ", ".join(f"`{path}`" for path in card.tested.split(", "))
+    facts = [("Name", f"`{card.slug}`"), ("Paper", paper), ("Idea", idea), ("Defaults", card.defaults)]
+    facts += [("Tested in", tested)]
+    lines = [f"# {title(card)}", "", f"{card.purpose[0].upper()}{card.purpose[1:]}.", "", "| | |", "| --- | --- |"]
+    lines += [f"| {name} | {text} |" for name, text in facts if text]
+    lines += [
+        *_section("Equation", card.equation),
+        *_section("When to use it", card.when),
+        "",
+        "## Use",
+        "",
+        *_use(card),
+    ]
+    lines += [*_options(card), *_section("Cost", card.cost), *measured(card.slug)]
+    lines += ["", "## Claimed and found", "", f"**The claim:** {card.claim}."]
+    lines += ["", "**What we measured:**", "", card.found.strip()] if card.found else []
+    if card.home:
+        lines += ["", "## The method", "", _module_text(card), "", "## Reference", "", f"::: {card.home}.{card.name}"]
+        lines += ["    options:", f"      members: {'false' if is_delta(card) else '[from_official, from_peft]'}", ""]
+        lines += [_elsewhere(card)]
+    return "\n".join(lines) + "\n"
+
+
+def _section(name: str, text: str) -> list[str]:
+    return ["", f"## {name}", "", text.strip()] if text else []
+
+
+def _elsewhere(card: Card) -> str:
+    if is_delta(card):
+        return "Saving, loading, several adapters and merging are those of [all of them](../concepts/deltas.md)."
+    return "Saving, loading, scales and resuming are those of [every selective method](../python.md)."
+
+
+# -- how to use it ----------------------------------------------------------------------------------------------------
+
+
+def _use(card: Card) -> Iterator[str]:
+    if is_delta(card):
+        example = EXAMPLES.get(card.slug, Example())
+        yield from ("In PEFT:", "", "```python", *in_peft(card), "```", "")
+        if example.at_steps:
+            yield from (
+                "The Hugging Face Trainer takes `callbacks=[fallow.Callback(model)]` for what happens at steps.",
+                "",
+            )
+        yield from ("Without PEFT, in any torch model, with the same loop:", "")
+        yield from ("```python", *without_peft(card), "```", "")
+        if card.slug == "sltrain":
+            yield from ("From scratch, in place of the layers themselves:", "", "```python", *PRETRAINING, "```", "")
+    elif card.home:
+        yield from ("```python", *_selective(card), "```", "")
+    if line := command(card):
+        yield from ("On the command line:", "", "```bash", line, "```")
+    else:
+        yield f"`fallow train` has no `--method {card.slug}`: {APART[card.slug]}."
+
+
+PRETRAINING = [
+    "import torch",
+    "",
+    "from fallow.deltas.sltrain import sltrain",
+    "",
+    'names = sltrain(model, rank=64)  # linear layers whose path holds "attn", "attention" or "mlp"',
+    "optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)",
+    "for batch in batches:",
+    "    loss(model, batch).backward()",
+    "    optimizer.step()",
+    "    optimizer.zero_grad()",
+    "for name in names:",
+    "    model.set_submodule(name, model.get_submodule(name).to_dense())  # plain Linear layers again",
+]
+APART = {
+    "smora": "it acts on a layer's inputs, so that it cannot be put into the weights that are saved",
+    "wara-spatial": "it acts on a layer's inputs, so that it cannot be put into the weights that are saved",
+    "petalface": "the recipe knows no quality of its pictures",
+    "sltrain": "it is for pretraining",
+}
+
+
+def in_peft(card: Card) -> list[str]:
+    """The lines of the example with PEFT, in which `model`, `batches` and `loss` are the user's."""
+    example = EXAMPLES.get(card.slug, Example())
+    given = f"{example.options}, " if example.options else ""
+    parameters = "[param for param in model.parameters() if param.requires_grad]"
+    lines = ["import torch", "from peft import get_peft_model", "", "import fallow"]
+    lines += ["from fallow.core import schedule", ""] if example.told else [""]
+    lines += [f'config = fallow.{card.name}Config({given}target_modules={TARGETS})  # or "all-linear"']
+    lines += ["model = get_peft_model(model, config)"]
+    lines += ["schedule.resolve(model, len(batches))  # how long the run is, in steps"] if example.told else []
+    lines += [f"optimizer = torch.optim.AdamW({parameters}, lr={example.lr})", "", *_loop(example), ""]
+    lines += ['model.save_pretrained("adapter")', *example.after]
+    lines += (
+        [f'fallow.to_lora(model, "plain-lora"{example.lora})  # for whatever loads LoRA alone']
+        if example.merges
+        else []
+    )
+    lines += ["merged = model.merge_and_unload()  # W' in the place of W"] if example.merges else []
+    return lines
+
+
+def _loop(example: Example) -> Iterator[str]:
+    yield "for batch in batches:"
+    if example.around:
+        yield from (f"    with {example.around}", "        loss(model, batch).backward()")
+    else:
+        yield "    loss(model, batch).backward()"
+    yield "    optimizer.step()"
+    if example.at_steps:
+        yield f"    fallow.step(model)  # {example.at_steps}"
+    yield "    optimizer.zero_grad()"
+
+
+def without_peft(card: Card) -> list[str]:
+    """The lines of the example without PEFT; `other` is a second model of the same base."""
+    example = EXAMPLES.get(card.slug, Example())
+    given = f", {example.options}" if example.options else ""
+    lines = ["import fallow", "", f'fallow.attach(model, "{card.slug}", {TARGETS}{given})', "..."]
+    lines += ['fallow.save(model, "adapter")', 'fallow.load(other, "adapter")']
+    return (
+        [*lines, "fallow.merge(other)  # fallow.unmerge(other) takes it out again, bit for bit"]
+        if example.merges
+        else lines
+    )
+
+
+def command(card: Card) -> str:
+    """The line that trains with it, "" where the recipe does not."""
+    from fallow.recipes.methods import METHODS
+
+    if card.slug not in METHODS:
+        return ""
+    options = EXAMPLES[card.slug].options if card.slug in EXAMPLES and card.slug not in OPTIONS else ""
+    plain = [f" --option {part.replace(chr(34), '')}" for part in options.split(", ") if part]
+    return f"fallow train --method {card.slug}{''.join(plain)}" + (
+        f" {OPTIONS[card.slug]}" if card.slug in OPTIONS else ""
+    )
+
+
+def _selective(card: Card) -> list[str]:
+    more = ", batches=batches, loss=loss" if card.slug == "lt-sft" else ""
+    return [
+        "import fallow",
+        "",
+        f"optimizer = fallow.{card.name}(model{more})  # in place of torch.optim.AdamW(model.parameters())",
+        "for batch in batches:",
+        "    loss(model, batch).backward()",
+        "    optimizer.step()",
+        "    optimizer.zero_grad()",
+        'optimizer.save("adapter.safetensors")',
+    ]
+
+
+# -- what there is to be set, and the module's own words ---------------------------------------------------------------
+
+
+def _options(card: Card) -> list[str]:
+    rows = [f"| `{option.name}` | `{option.default}` | {_cell(option.meaning)} |" for option in options_of(card)]
+    if not rows:
+        return []
+    shared = "Those that all methods share (`target_modules`, `patterns`, `fused`, `seed`, ...) stand"
+    head = ["", "## Options", "", "| name | default | meaning |", "| --- | --- | --- |"]
+    return [*head, *rows, "", f"{shared} in [Weight parameterizations](../concepts/deltas.md)."]
+
+
+def _cell(text: str) -> str:
+    """One line of text with nothing in it that Markdown would take for its own, but code."""
+    return re.sub(r"`[^`]*`|[*_<|]", lambda found: found[0] if len(found[0]) > 1 else f"\\{found[0]}", text)
+
+
+def _module_text(card: Card) -> str:
+    """The text at the top of the method's module; indented lines become a block of code, as they are meant."""
+    path = ROOT / "src" / Path(*card.home.split(".")).with_suffix(".py")
+    text = path.read_text(encoding="utf-8").split('"""')[1]
+    return "\n".join(line if line.startswith("    ") else _cell(line) for line in text.strip().splitlines())
