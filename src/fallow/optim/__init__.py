@@ -1,0 +1,1 @@
+"""Optimizers over parameters: what happens between a gradient and a weight."""

@@ -1,0 +1,6 @@
+"""Where the states of a low-rank optimizer live: which r of the d directions of each matrix."""
+
+from fallow.optim.bases.basis import Basis
+from fallow.optim.bases.decomposed import SVD, Gram, Randomised, Warm
+
+BASES: dict[str, type[Basis]] = {kind.name: kind for kind in (SVD, Randomised, Warm, Gram)}

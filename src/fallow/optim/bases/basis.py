@@ -1,0 +1,80 @@
+"""What a basis is: P (d, r) for each matrix, how it is chosen, and what is done with it.
+
+A basis that is a dense matrix with orthonormal columns needs `spaces` alone, its rule of choice. One that is not (a set
+of rows, whole tensors) has its own `project`, `subtract`, `leftover` and `turn`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fallow.core.errors import ConfigError
+from fallow.optim.site import Site
+
+Turn = Any  # what maps a moment of the old basis into the new one
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The dense kind; others override."""
+
+    name: ClassVar[str] = ""
+    orthonormal: ClassVar[bool] = True  # PᵀP = I
+    decomposes: ClassVar[bool] = True  # chosen by a decomposition of the gradient, which must be finite and not zero
+    sided: ClassVar[bool] = True  # lies along one side of the matrix
+    columnwise: ClassVar[bool] = True  # columns of W can be treated apart
+
+    def width(self, rank: int | float, d: int, n: int) -> int:
+        """Columns for a rank, or for a share of the side."""
+        return rank if isinstance(rank, int) else round(rank * d)
+
+    def seen(self, rank: int, d: int, n: int) -> tuple[int, ...]:
+        """The shape of what the inner rule sees."""
+        return (rank, n)
+
+    def begin(self, site: Site) -> None:
+        """Make its state, of its final shapes."""
+        site.state["basis"] = torch.zeros(site.d, site.rank or 0, dtype=site.work, device=site.param.device)
+
+    def spaces(self, sites: Sequence[Site], gradients: Tensor, former: Tensor | None, seeds: Sequence[int]) -> Tensor:
+        """(b, d, r) new bases for gradients (b, d, n); `former` (b, d, r): those until now, if there are any."""
+        raise ConfigError(f"basis '{self.name}' has no rule of choice; give it `spaces`")
+
+    def choose(self, sites: Sequence[Site], gradients: Sequence[Tensor], seeds: Sequence[int]) -> list[Turn]:
+        """Choose anew for sites of one shape; for each what `turn` takes, None where there was no basis before."""
+        known = [site.state["chosen"] for site in sites]
+        former = torch.stack([self.matrix(site) for site in sites])
+        new = self.spaces(sites, torch.stack([*gradients]), former if all(known) else None, seeds)
+        turns = [one if held else None for held, one in zip(known, new.mT @ former, strict=True)]
+        for site, basis in zip(sites, new, strict=True):
+            site.state["basis"].copy_(basis)
+        return turns
+
+    def matrix(self, site: Site) -> Tensor:
+        """(d, r)"""
+        return site.state["basis"]
+
+    def project(self, site: Site, gradient: Tensor) -> Tensor:
+        """(r, n) Pᵀ G"""
+        return self.matrix(site).mT @ gradient
+
+    def subtract(self, site: Site, weight: Tensor, change: Tensor) -> None:
+        """W (d, k) -= P K (r, k), in place, without forming P K."""
+        weight.addmm_(self.matrix(site), change, alpha=-1)
+
+    def leftover(self, site: Site, gradient: Tensor, projected: Tensor, share: float = 1.0) -> Tensor:
+        """(d, n) G - share * P R, a new tensor."""
+        return torch.addmm(gradient, self.matrix(site), projected, alpha=-share)
+
+    def turn(self, turn: Turn, moment: Tensor, power: int) -> Tensor:
+        """A moment (r, ...) in the new basis: Q M with Q = P_newᵀ P_old; second moments by the squares of Q."""
+        return (turn if power == 1 else turn.square()) @ moment
+
+    def overlap(self, turn: Turn) -> Tensor:
+        """0-dim, the share of the new space that lies in the old one."""
+        return turn.square().sum() / max(1, turn.shape[0])

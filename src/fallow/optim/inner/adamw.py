@@ -1,0 +1,72 @@
+"""AdamW (arXiv 1711.05101) as the inner rule: two moments of what the basis lets through.
+
+    M <- b1 M + (1 - b1) R      V <- b2 V + (1 - b2) R o R      N = [M / (1 - b1^k)] / (sqrt(V / (1 - b2^k)) + eps)
+
+k counts updates since the moments began. `eps_mode="galore"` adds eps to the uncorrected sqrt(V), as GaLore's code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from fallow.optim.inner.rule import Inner
+from fallow.optim.moments import read, write
+from fallow.optim.site import Site
+
+FUSED = ("cpu", "cuda", "xpu", "mps")
+
+
+@dataclass(frozen=True)
+class AdamW(Inner):
+    name: ClassVar[str] = "adamw"
+    powers: ClassVar[Mapping[str, int]] = {"m": 1, "v": 2}
+
+    def correction(self, age: int, group: Mapping[str, Any]) -> float:
+        beta1, beta2 = group["betas"]
+        return (1 - beta2**age) ** 0.5 / (1 - beta1**age)
+
+    def directions(self, sites: Sequence[Site], inputs: Sequence[Tensor], group: Mapping[str, Any]) -> list[Tensor]:
+        # the fused kernel from zero at a rate of -1, without decay, leaves exactly the direction
+        found = [torch.zeros_like(one, memory_format=torch.contiguous_format) for one in inputs]
+        self._moved(sites, found, inputs, group, -1.0, 0.0)
+        return found
+
+    def step(self, sites: Sequence[Site], gradients: Sequence[Tensor], group: Mapping[str, Any]) -> bool:
+        params = [site.param.detach() for site in sites]
+        self._moved(sites, params, gradients, group, group["lr"], group["weight_decay"])
+        return True
+
+    def _moved(
+        self, sites: Sequence[Site], params: Sequence[Tensor], gradients: Sequence[Tensor], group: Mapping[str, Any],
+        lr: Any, decay: float,
+    ) -> None:  # fmt: skip
+        ages = sorted(range(len(sites)), key=lambda at: sites[at].state["age"])
+        for age, chosen in groupby(ages, key=lambda at: sites[at].state["age"]):
+            at = list(chosen)
+            own = [sites[i] for i in at]
+            self._of_age(age, own, [params[i] for i in at], [gradients[i] for i in at], group, lr, decay)
+
+    def _of_age(
+        self, age: int, sites: list[Site], params: list[Tensor], gradients: list[Tensor], group: Mapping[str, Any],
+        lr: Any, decay: float,
+    ) -> None:  # fmt: skip
+        beta1, beta2 = group["betas"]
+        eps = group["eps"] / ((1 - beta2**age) ** 0.5 if group["eps_mode"] == "galore" else 1.0)
+        first, second = [read(site, "m") for site in sites], [read(site, "v") for site in sites]
+        device = params[0].device
+        fused = device.type in FUSED
+        counts = torch.full((len(sites),), float(age - 1), device=device if fused else "cpu").unbind()
+        adamw(
+            params, gradients, first, second, [], list(counts), foreach=not fused, fused=fused, amsgrad=False,
+            beta1=beta1, beta2=beta2, lr=lr, weight_decay=decay, eps=eps, maximize=False,
+        )  # fmt: skip
+        for site, m, v in zip(sites, first, second, strict=True):
+            write(site, "m", m)
+            write(site, "v", v)

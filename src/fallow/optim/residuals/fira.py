@@ -1,0 +1,82 @@
+"""Fira's rule (arXiv 2410.01623): the rest of the gradient, scaled as the inner rule scales what the basis holds.
+
+    phi_i = ||psi(R)_i|| / (||R_i|| + 1e-8)      one factor for each index i of the long side; level="matrix": one alone
+    S     = phi o (G - P R)                      kept from growing by more than `limit` a step in Frobenius norm
+    W <- W - lr c ( a P psi(R) + S )             c the bias correction of Adam, psi the uncorrected direction
+
+No matrix of the weight's size is made: phi o (P R) = P (phi o R), so W takes one product and one elementwise pass, and
+||S||² = sum phi_i² (||G_i||² - ||R_i||²) as P has orthonormal columns.
+
+`exact=False`: as the official code, which forms G - a P R and so leaves (1 - a) of what the basis holds in S.
+Departures: the limiter starts anew from a norm of zero, where the official one lets S grow by `limit` from 1e-8
+(thousands of steps after a first gradient of zero); phi is held below `ceiling` times its mean, if asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fallow.optim.bases.basis import Basis
+from fallow.optim.parts import number, one_of
+from fallow.optim.residuals.residual import Move, Residual, needs_orthonormal
+from fallow.optim.site import Site
+
+GUARD = 1e-8  # the paper's, beneath the norms of R
+
+
+def limited(norm: Tensor, last: Tensor, limit: float) -> Tensor:
+    """0-dim factor that keeps `norm` at most `limit` times the `last` one, which becomes what the norm then is."""
+    bound = limit * (last + GUARD)
+    free = (last < 1e-30) | (norm <= bound)  # a last norm of zero says nothing about the next
+    factor = torch.where(free, 1.0, bound / norm.clamp_min(1e-30))
+    last.copy_(norm * factor)
+    return factor
+
+
+@dataclass(frozen=True)
+class Fira(Residual):
+    """`limit`: the largest growth of ||S|| in a step; None for no limit. `level`: column | matrix."""
+
+    name: ClassVar[str] = "fira"
+    moves_alone: ClassVar[bool] = False
+    limit: float | None = 1.01
+    level: str = "column"
+    exact: bool = True
+    ceiling: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None:
+            number("fira: limit", self.limit, 1.0, closed=False)
+        if self.ceiling is not None:
+            number("fira: ceiling", self.ceiling, 1.0, closed=False)
+        one_of("fira: level", self.level, ("column", "matrix"))
+
+    def check(self, basis: Basis) -> None:
+        needs_orthonormal(self, basis)
+
+    def shapes(self, site: Site) -> Mapping[str, tuple[int, ...]]:
+        return {"norm": ()}
+
+    def move(
+        self, site: Site, basis: Basis, gradient: Tensor, projected: Tensor, direction: Tensor, correction: float
+    ) -> Move:
+        scale = site.group["scale"]
+        # (n,), or 0-dim for the level "matrix"
+        dims = (0,) if self.level == "column" else (0, 1)
+        inside = torch.linalg.vector_norm(projected, dim=dims)
+        phi = torch.linalg.vector_norm(direction, dim=dims) / (inside + GUARD)  # times `correction`
+        if self.ceiling is not None:
+            phi = torch.minimum(phi, phi.mean() * self.ceiling)
+        share = 1.0 if self.exact else scale
+        if self.limit is not None:
+            whole = torch.linalg.vector_norm(gradient, dim=dims).square()
+            outside = (whole - share * (2 - share) * inside.square()).clamp_min(0)
+            norm = (phi.square() * outside).sum().sqrt() / correction
+            phi = phi * limited(norm, site.state["norm"], self.limit)
+        lift = direction.mul_(scale).sub_(projected.mul_(phi), alpha=share)
+        return Move(lift=lift, source=gradient, along=phi)

@@ -1,0 +1,89 @@
+"""One tensor of a low-rank optimizer, and how it is seen: as a matrix whose *projected* side comes first.
+
+    W (out, in), out <  in     as it is           d = out, n = in      P (d, r) acts from the left
+    W (out, in), out >= in     transposed view    d = in, n = out      P (d, r) acts from the right
+
+So every part knows one case: G (d, n), P (d, r) with r < d, R = Pᵀ G (r, n), W <- W - lr P N. A square matrix goes
+right, as in GaLore's code. A convolution's weight (out, in, *kernel) is the matrix (out, in * prod(kernel)).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fallow.core.errors import ConfigError
+
+SIDES = ("short", "long", "left", "right")
+
+
+class Site:
+    """One tensor, its group's options, its state, and its place among all tensors of the optimizer.
+
+    `rank`: columns of its basis, 0 where it has none but is projected all the same (FRUGAL at density 0), None where
+    it takes the inner rule plainly. `flipped`: whether the matrix is the transposed view.
+    """
+
+    __slots__ = ("d", "flipped", "group", "index", "n", "name", "order", "param", "rank", "states")
+
+    def __init__(
+        self, param: Tensor, group: dict[str, Any], states: dict[Tensor, dict[str, Any]], index: int, name: str
+    ) -> None:
+        self.param, self.group, self.states, self.index, self.name = param, group, states, index, name
+        self.rank: int | None = None
+        self.d = self.n = 0
+        self.flipped, self.order = False, tuple(range(param.ndim))
+        if param.ndim < 2 or not param.numel() or group["rank"] is None:
+            return
+        strides = param.stride()
+        # the dimensions within a row in the order of memory, so that channels_last weights too are seen, not copied
+        self.order = (0, *sorted(range(1, param.ndim), key=lambda dim: (-strides[dim], dim)))
+        out, inner = param.shape[0], param.numel() // param.shape[0]
+        side = group["side"]
+        self.flipped = {"short": out >= inner, "long": out < inner, "left": False, "right": True}[side]
+        self.d, self.n = (inner, out) if self.flipped else (out, inner)
+        rank = group["basis"].width(group["rank"], self.d, self.n)
+        self.rank = None if rank >= self.d * (1 if group["basis"].sided else self.n) else rank
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the optimizer keeps for it, empty before the first step."""
+        return self.states[self.param]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(r, n) of what the inner rule sees; the tensor's own shape where nothing is projected."""
+        return tuple(self.param.shape) if self.rank is None else self.group["basis"].seen(self.rank, self.d, self.n)
+
+    @property
+    def work(self) -> torch.dtype:
+        """What is computed in: float32, or float64 for such tensors."""
+        return torch.float64 if self.param.dtype == torch.float64 else torch.float32
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """(d, n) a tensor of the parameter's shape, as a view wherever its memory allows."""
+        if tensor.ndim > 2:
+            tensor = tensor.permute(self.order).flatten(1)
+        return tensor.mT if self.flipped else tensor
+
+    def weight(self) -> Tensor:
+        """(d, n) the parameter itself. ConfigError where its memory cannot be seen as a matrix."""
+        seen = self.matrix(self.param.detach())
+        if seen.data_ptr() != self.param.data_ptr():
+            raise ConfigError(
+                f"{self.name} {tuple(self.param.shape)} with strides {self.param.stride()} cannot be seen as a matrix "
+                "without a copy; make it contiguous, or give its group rank=None"
+            )
+        return seen
+
+    def gradient(self) -> Tensor:
+        """(d, n) its gradient in the dtype that is computed in; a view where it has that dtype."""
+        assert self.param.grad is not None
+        grad = self.param.grad.detach()
+        if grad.layout != torch.strided:
+            raise ConfigError(
+                f"{self.name} has a {grad.layout} gradient; give sparse=False, or another optimizer for it"
+            )
+        return self.matrix(grad).to(self.work)
