@@ -34,8 +34,7 @@ def options_of(card: Card) -> list[Option]:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    made = field.default_factory is not dataclasses.MISSING
-    return repr(field.default_factory() if made else field.default)  # type: ignore[misc]
+    return repr(field.default if field.default_factory is dataclasses.MISSING else field.default_factory())
 
 
 def _meanings(options: type) -> dict[str, str]:
