@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 import fallow
 from fallow.core.delta import Delta
@@ -30,8 +30,13 @@ class OwnHost:
         """By the key of their weight."""
         return {site.key: site[name] for _, site in sites(model) if name in site}
 
-    def activate(self, model: nn.Module, name: str) -> None:
-        fallow.activate(model, name)
+    def activate(self, model: nn.Module, *names: str) -> None:
+        fallow.activate(model, *names)
+
+    def by_names(self, model: nn.Module, x: Tensor, names: list[str]) -> Tensor:
+        """Each row of x with the adapter of its name."""
+        with fallow.mixed(model, names):
+            return model(x)
 
     def delete(self, model: nn.Module, name: str) -> None:
         fallow.detach(model, name)
@@ -81,8 +86,15 @@ class PeftHost:
         parts = {path: getattr(delta, "parts", [delta]) for path, delta in held.items()}  # one for each expert
         return {f"{path}.{i}": part for path, several in parts.items() for i, part in enumerate(several)}
 
-    def activate(self, model: nn.Module, name: str) -> None:
-        model.set_adapter(name)
+    def activate(self, model: nn.Module, *names: str) -> None:
+        if len(names) == 1:
+            model.set_adapter(names[0])
+        else:
+            model.base_model.set_adapter(list(names))
+
+    def by_names(self, model: nn.Module, x: Tensor, names: list[str]) -> Tensor:
+        """Each row of x with the adapter of its name."""
+        return model(x, adapter_names=names)
 
     def delete(self, model: nn.Module, name: str) -> None:
         model.delete_adapter(name)

@@ -401,6 +401,8 @@ def test_an_adapter_is_exchanged_in_place_and_the_compiled_model_stays(x: Tensor
     moved = get_peft_model(other, fallow.LoRAConfig(target_modules=["0", "2"], rank=2))
     with pytest.raises(fallow.AdapterError, match="another base"):
         fallow.hotswap(moved, tmp_path)
+    with pytest.raises(fallow.ConfigError, match="no adapter of PEFT's to exchange"):
+        fallow.hotswap(fallow.attach(mlp(), "lora", rank=2), tmp_path)
 
 
 # -- bases that are kept in codes -------------------------------------------------------------------------------------

@@ -198,6 +198,8 @@ def test_lora_is_put_on_attention_with_the_given_rank_and_any_further_field(tiny
         ("sara", {"rank": 4}, "no option 'rank'"),
         ("lora", {"rnak": 4}, "did you mean 'rank'"),
         ("lora", {"fraction": 0.1}, "the method lora has no option 'fraction'"),
+        ("smora", {}, r"method=smora is not trained by this command: it acts on .*fallow.attach\(model, 'smora'\)"),
+        ("petalface", {}, "method=petalface is not trained by this command: it wants to be told how good"),
         ("peft", {}, "needs peft_type, one of .*LOHA"),
         ("peft", {"peft_type": "LOHO"}, "did you mean 'LOHA'"),
         ("peft", {"peft_type": "LOHA", "rang": 3}, "no option 'rang'"),

@@ -285,7 +285,7 @@ class Delta(nn.Module):
 
 def make_options(method: type[Delta], given: Mapping[str, Any]) -> MethodOptions:
     """The method's options. ConfigError, by name, for unknown ones and impossible values."""
-    known = {field.name for field in dataclasses.fields(method.Options)}
+    known = [field.name for field in dataclasses.fields(method.Options)]
     for name in given:
         if name not in known:
             raise ConfigError(f"'{method.name}' has no option {name}={given[name]!r}{nearest(name, known)}")

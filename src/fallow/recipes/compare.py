@@ -31,11 +31,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 
 from fallow.analysis.images import vlhi
-from fallow.core.errors import ConfigError, FallowError, nearest
+from fallow.core.errors import ConfigError, FallowError
 from fallow.core.files import atomic_write
 from fallow.recipes.doctor import Source
 from fallow.recipes.evaluate import Evaluation, opened
-from fallow.recipes.methods import AMOUNTS, METHODS
+from fallow.recipes.methods import AMOUNTS, METHODS, check_method
 from fallow.recipes.settings import make_config
 from fallow.recipes.text_to_image import train
 from fallow.recipes.train_config import TrainConfig
@@ -91,8 +91,7 @@ class CompareConfig(BaseModel):
         for name, method in self.variants.items():
             if name in METHODS:
                 raise ConfigError(f"variants names one '{name}', which is a method; give it another name")
-            if method not in METHODS:
-                raise ConfigError(f"variants: the method '{method}' of {name} does not exist{nearest(method, METHODS)}")
+            check_method(method, f"variants: the method '{method}' of {name}")
         self.methods = [*self.methods, *(name for name in self.variants if name not in self.methods)]
         for what, values in (("methods", self.methods), ("seeds", self.seeds)):
             if len({*values}) < len(values):
@@ -110,8 +109,7 @@ class CompareConfig(BaseModel):
     def method_of(self, name: str) -> str:
         """The method behind a contestant. ConfigError where there is none."""
         method = self.variants.get(name, name)
-        if method not in METHODS:
-            raise ConfigError(f"methods={self.methods}: '{name}' does not exist{nearest(name, METHODS)}")
+        check_method(method, f"methods={self.methods}: '{method}'")
         return method
 
     def judging(self) -> dict[str, Any]:

@@ -273,11 +273,17 @@ def _delta_options(slug: str) -> Callable[[Mapping[str, Any]], list[str]]:
     return lambda _: [*(name for name in _fields_of(_delta_config(slug)) if name not in hidden), *ADAMW]
 
 
-# LoRA goes through PEFT's own. The others act on a layer's inputs, so that they cannot be put into its weights, or want
-# to be told of each picture what this recipe does not know, or are for pretraining.
-APART = ("lora", "smora", "wara-spatial", "petalface", "sltrain")
+INPUTS = "it acts on a layer's inputs, so that it cannot be put into the weights, as adapters of pictures are"
+APART = {  # ready weight parameterizations that this recipe does not train, and why
+    "smora": INPUTS,
+    "wara-spatial": INPUTS,
+    "petalface": "it wants to be told how good each picture is (fallow.condition), which this recipe does not know",
+    "sltrain": "it is for pretraining, where it stands in the place of the weights",
+}
 DELTAS = [
-    card.slug for card in methods() if card.ready and card.home.startswith("fallow.deltas.") and card.slug not in APART
+    card.slug
+    for card in methods()
+    if card.ready and card.home.startswith("fallow.deltas.") and card.slug not in ("lora", *APART)  # lora is PEFT's own
 ]
 METHODS: dict[str, Method] = {
     "sara": Method(_sara, _arguments(SaRA, "total_steps"), None, (2e-4, 6e-4, 2e-3), 3e-3),
@@ -305,12 +311,22 @@ def own_rate(method: str, model: str) -> float | None:
     return METHODS[method].small if model == "mini-sd" else METHODS[method].lr
 
 
+def check_method(method: str, said: str) -> None:
+    """ConfigError, which begins with `said`, for a method that does not exist, or that no recipe trains."""
+    if method in APART:
+        raise ConfigError(
+            f"{said} is not trained by this command: {APART[method]}; in Python, fallow.attach(model, '{method}') or "
+            f"get_peft_model takes it"
+        )
+    if method not in METHODS:
+        raise ConfigError(f"{said} does not exist{nearest(method, METHODS)}")
+
+
 def check_options(method: str, options: Mapping[str, Any]) -> None:
     """ConfigError for a method or an option that does not exist, with the nearest that does; SelectionError for amounts
     that cannot be.
     """
-    if method not in METHODS:
-        raise ConfigError(f"method={method} does not exist{nearest(method, METHODS)}")
+    check_method(method, f"method={method}")
     allowed = METHODS[method].options(options)
     for name in options:
         if name not in allowed:

@@ -39,7 +39,9 @@ class TrainConfig(BaseModel):
     )
     prompt: str | None = Field(None, description="Caption of the pictures that have none of their own.")
     method: str = Field(
-        "sara", description="sara, shira, largest, random, lt-sft, lora, peft (any PEFT config) or full."
+        "sara",
+        description="sara, shira, largest, random, lt-sft, lora, another weight parameterization (fallow methods), "
+        "peft (any PEFT config) or full.",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="The method's own arguments.")
     lr: float | None = Field(None, gt=0, description="Learning rate; the method's own when not given.")

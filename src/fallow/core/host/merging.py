@@ -38,7 +38,9 @@ def merge(model: nn.Module, *names: str) -> None:
                     "it unmerged, or merge others by their names"
                 )
         if type(weight.data) is not Tensor or not weight.is_floating_point():
-            raise ModelError(f"'{site.key}' is quantised ({weight.dtype}); merge on a base in float32, bf16 or fp16")
+            raise ModelError(
+                f"'{site.key}' is quantised ({type(weight.data).__name__}); merge on a base in float32, bf16 or fp16"
+            )
     try:
         for module, site in held:
             _write(weight_at(module, site), site, order)

@@ -35,6 +35,11 @@ def hotswap(model: nn.Module, path: str | PathLike[str], adapter_name: str = "de
     merged; the model is then as before.
     """
     held: dict[str, Any] = getattr(model, "peft_config", {})
+    if not held:
+        raise ConfigError(
+            f"{type(model).__name__} has no adapter of PEFT's to exchange; where fallow.attach put one, call "
+            "fallow.detach(model, name) and fallow.load(model, path, name)"
+        )
     if adapter_name not in held:
         raise ConfigError(f"there is no adapter '{adapter_name}' to exchange{nearest(adapter_name, held)}")
     if any(adapter_name in layer.merged_adapters for layer in model.modules() if isinstance(layer, FallowLayer)):
