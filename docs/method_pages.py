@@ -31,12 +31,16 @@ IDEAS = {
 TARGETS = '["q_proj", "v_proj"]'
 
 
+BELOW = "see [The method](#the-method)"
+
+
 @dataclass(frozen=True)
 class Example:
     """How a weight parameterization is used: its options; a learning rate; lines of a loop that only it needs.
 
     `told`: whether it must know the length of the run. `at_steps`: what it does after an optimizer step. `around`: the
-    `with` of each forward. `after`: lines once it is trained.
+    `with` of each forward. `after`: lines once it is trained. `lora`:
+    what `to_lora` is told, "" where a plain LoRA is exact. `functions`: what there is for users beside the class.
     """
 
     options: str = ""
@@ -45,8 +49,9 @@ class Example:
     at_steps: str = ""
     around: str = ""
     after: tuple[str, ...] = ()
-    lora: str = ", rank=16"  # of `to_lora`; "" where a plain LoRA is exact
+    lora: str = ", rank=16"
     merges: bool = True
+    functions: tuple[str, ...] = ()
 
 
 EXAMPLES: dict[str, Example] = {
@@ -67,7 +72,7 @@ EXAMPLES: dict[str, Example] = {
     "lora": Example("rank=8, alpha=16", lora=""),
     "lora-xs": Example("rank=16", "5e-3", lora=""),
     "mos": Example("rank=8, equivalent_rank=2", lora=""),
-    "mosa": Example("rank=16, experts=4", "1e-3", lora=""),
+    "mosa": Example("rank=16, experts=4", "1e-3", lora="", functions=("mosa.symmetric_kl",)),
     "nola": Example("num_basis=128, rank=16", "1e-2", lora=""),
     "pego": Example("rank=4, group=4", lora=""),
     "petalface": Example(
@@ -75,6 +80,7 @@ EXAMPLES: dict[str, Example] = {
         around="fallow.condition(model, quality=scores(batch)):  # one in [0, 1] for each sample",
         lora="",
         merges=False,
+        functions=("petalface.calibrated",),
         after=(
             "with fallow.condition(model, quality=0.9):  # for inputs of that quality alone",
             "    merged = model.merge_and_unload()",
@@ -82,14 +88,14 @@ EXAMPLES: dict[str, Example] = {
     ),
     "randlora": Example("rank=32", "1e-3"),
     "salt": Example("ratio=0.1, rank=8", "2e-3"),
-    "sltrain": Example("rank=8, density=0.03"),
+    "sltrain": Example("rank=8, density=0.03", functions=("sltrain_linear.sltrain", "sltrain_linear.SLTrainLinear")),
     "smora": Example("rank=64, active=8", told=True, at_steps="moves the balance", merges=False),
     "sora": Example("rank=8", "1e-3", told=True, at_steps="lets gates fall", lora=""),
     "svfit": Example("", "5e-3"),
     "tlora": Example("transform_rank=2, rank=4", "5e-4"),
     "vera": Example("rank=256", "4e-3"),
     "wara": Example("rank=8", "1e-3", lora=""),
-    "wara-spatial": Example("rank=8, grid=(4, 4)", merges=False),
+    "wara-spatial": Example("rank=8", merges=False),
 }
 
 
@@ -123,20 +129,24 @@ def method_page(card: Card) -> str:
     lines += ["", "## Claimed and found", "", f"**The claim:** {card.claim}."]
     lines += ["", "**What we measured:**", "", card.found.strip()] if card.found else []
     if card.home:
-        lines += ["", "## The method", "", _module_text(card), "", "## Reference", "", f"::: {card.home}.{card.name}"]
-        lines += ["    options:", f"      members: {'false' if is_delta(card) else '[from_official, from_peft]'}", ""]
-        lines += [_elsewhere(card)]
+        lines += ["", "## The method", "", _module_text(card), "", "## Reference", "", *_reference(card)]
     return "\n".join(lines) + "\n"
 
 
 def _section(name: str, text: str) -> list[str]:
-    return ["", f"## {name}", "", text.strip()] if text else []
+    return ["", f"## {name}", "", text.strip("\n")] if text else []
 
 
-def _elsewhere(card: Card) -> str:
+def _reference(card: Card) -> Iterator[str]:
     if is_delta(card):
-        return "Saving, loading, several adapters and merging are those of [all of them](../concepts/deltas.md)."
-    return "Saving, loading, scales and resuming are those of [every selective method](../python.md)."
+        yield f"`fallow.{card.name}Config` is its configuration in PEFT, `fallow.{card.name}` what stands in a layer."
+        yield "Saving, loading, several adapters, merging and the classes' reference are those of"
+        yield "[all of them](../concepts/deltas.md)."
+        for name in EXAMPLES[card.slug].functions if card.slug in EXAMPLES else ():
+            yield from ("", f"::: fallow.deltas.{name}", "    options:", "      members: [to_dense]")
+    else:
+        yield from (f"::: {card.home}.{card.name}", "    options:", "      members: [from_official, from_peft]", "")
+        yield "Saving, loading, scales and resuming are those of [every selective method](../python.md)."
 
 
 # -- how to use it ----------------------------------------------------------------------------------------------------
@@ -262,7 +272,10 @@ def _selective(card: Card) -> list[str]:
 
 
 def _options(card: Card) -> list[str]:
-    rows = [f"| `{option.name}` | `{option.default}` | {_cell(option.meaning)} |" for option in options_of(card)]
+    rows = [
+        f"| `{option.name}` | `{option.default}` | {_cell(option.meaning).replace('see above', BELOW)} |"
+        for option in options_of(card)
+    ]
     if not rows:
         return []
     shared = "Those that all methods share (`target_modules`, `patterns`, `fused`, `seed`, ...) stand"

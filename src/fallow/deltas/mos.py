@@ -38,9 +38,9 @@ class MoS(Delta):
     @dataclasses.dataclass(kw_only=True)
     class Options(MethodOptions):
         """`rank`: r, which acts. `equivalent_rank`: e, which is paid for. `shards`: l; in a layer the largest divisor
-        of it that divides in and out. `private_rank`: p. `alpha`: the scale is alpha / r. `dropout`: on the layer's
-        input. `group_by`: layers share a pool that have the same shape and the same last part of their names ("type"),
-        or the same shape ("shape"); layers with other options have a pool of their own.
+        of it that divides in and out. `private_rank`: p, the layer's own. `alpha`: the scale is alpha / r. `dropout`:
+        on the layer's input. `group_by`: layers share a pool that have the same shape and the same last part of their
+        names ("type"), or the same shape ("shape"); layers with other options have a pool of their own.
         """
 
         rank: int = 8

@@ -43,9 +43,9 @@ class MoSA(Delta):
     @dataclasses.dataclass(kw_only=True)
     class Options(MethodOptions):
         """`rank`: r. `alpha`: None for the rank; s = alpha / rank, the paper's is 1. `dropout`: on the layer's input.
-        `experts`: E. `share`: the projection that is trained whole, "down" (A), "up" (B) or "none". `partition`:
-        entries are dealt out over "all" of the matrix, or evenly within each "row" or "column". `dense_adam`: let
-        optimizers step experts that had no turn.
+        `experts`: E, which take turns. `share`: the projection that is trained whole, "down" (A), "up" (B) or "none".
+        `partition`: entries are dealt out over "all" of the matrix, or evenly within each "row" or "column".
+        `dense_adam`: let optimizers step experts that had no turn.
         """
 
         rank: int = 16

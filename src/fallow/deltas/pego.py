@@ -34,9 +34,9 @@ class PEGO(Delta):
 
     @dataclasses.dataclass(kw_only=True)
     class Options(MethodOptions):
-        """`rank`: r, of each module. `group`: N. `orthogonality`: what both terms count in the objective. `side`:
-        products over the "input", (out, out), or over the "output", (in, in), see above. `norm`: "l1", sums of absolute
-        entries, or "fro2", of squares.
+        """`rank`: r, of each module. `group`: N modules. `orthogonality`: what both terms count in the objective.
+        `side`: products over the "input", (out, out), or over the "output", (in, in), see above. `norm`: "l1", sums of
+        absolute entries, or "fro2", of squares.
         """
 
         rank: int = 4

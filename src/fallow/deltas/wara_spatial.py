@@ -34,7 +34,7 @@ class WaRASpatial(Delta):
     class Options(MethodOptions):
         """`wavelet`: the filter, such as "haar" or "db2". `rank`: r. `alpha`: None for rank, so that s = 1. `dropout`:
         on the layer's input. `grid`: rows and columns of tokens, None for a square. `prefix`: tokens before them
-        (class, registers), which pass unchanged. `adapt_prefix`: they get B phi(A x) instead. `phi`: on the
+        (class, registers), which pass unchanged. `adapt_prefix`: those get B phi(A x) instead. `phi`: on the
         coefficients, "identity" or "gelu".
         """
 
