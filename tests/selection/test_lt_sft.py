@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import fallow
-from fallow.core.errors import ConfigError, DataError, SelectionError
+from fallow.core.errors import ConfigError, DataError, ModelError, SelectionError
+from fallow.core.quantized import quantize_
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -60,6 +61,10 @@ def test_impossible_requests_are_refused(mlp, batches):
         fallow.LTSFT(mlp(), batches=iter(batches), loss=loss, dense_steps=10)
     with pytest.raises(SelectionError, match="outside"):
         fallow.LTSFT(mlp(), fraction=2.0, batches=batches, loss=loss)
+    model = mlp()
+    quantize_(model, "int8")
+    with pytest.raises(ModelError, match=r"dense phase trains whole weights, and '0\.weight' is quantised"):
+        fallow.LTSFT(model, batches=batches, loss=loss)
 
 
 def test_a_weight_tied_by_its_storage_moves_by_the_gradients_of_both_uses():

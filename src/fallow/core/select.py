@@ -220,8 +220,9 @@ def eligible(
 
     chosen = [target for target in trainable if passes(target)]
     if not chosen:
+        own = "" if keep is None or wanted else " that this method takes by itself (include= names others)"
         raise SelectionError(
-            f"include={include!r}, exclude={exclude!r} leave no trainable weight of {len(trainable)}; "
+            f"include={include!r}, exclude={exclude!r} leave no trainable weight of {len(trainable)}{own}; "
             f"names look like '{trainable[0].name}'"
         )
     return chosen

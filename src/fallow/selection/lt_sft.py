@@ -26,6 +26,7 @@ from fallow.core.errors import ConfigError, DataError, ModelError
 from fallow.core.probe import Loss, default_loss
 from fallow.core.select import Amount, Patterns, Selector, Target, choose, eligible
 from fallow.core.sharded import is_dtensor
+from fallow.core.stored_weight import StoredWeight
 from fallow.selection.rules import Rule
 from fallow.selection.selective import Selective
 
@@ -128,6 +129,11 @@ class LTSFT(Selective):
         targets = eligible(model, include, exclude)
         if any(is_dtensor(target.weight) for target in targets):
             raise ModelError("LT-SFT's dense phase takes no sharded weights; give SaRA, or an unsharded model")
+        if coded := [target.name for target in targets if isinstance(target.weight, StoredWeight)]:
+            raise ModelError(
+                f"LT-SFT's dense phase trains whole weights, and '{coded[0]}' is quantised; give SaRA, or a base in "
+                "float32, bfloat16 or float16"
+            )
         start_alike([target.weight for target in targets])
         moved = dense_phase(model, targets, train)
         super().__init__(
