@@ -27,6 +27,7 @@ OPTIONS = {"sara": "--fraction 0.05", "shira": "--mask snip", "lora": "--rank 8"
 IDEAS = {
     "selection": "some entries of the existing weights are trained in place",
     "delta": "a frozen weight is changed by a few trained tensors",
+    "full": "every weight is trained",
 }
 TARGETS = '["q_proj", "v_proj"]'
 
@@ -165,12 +166,12 @@ def _use(card: Card) -> Iterator[str]:
         yield from ("```python", *without_peft(card), "```", "")
         if card.slug == "sltrain":
             yield from ("From scratch, in place of the layers themselves:", "", "```python", *PRETRAINING, "```", "")
-    elif card.home:
-        yield from ("```python", *_selective(card), "```", "")
+    elif card.use or card.idea == "selection":
+        yield from ("```python", card.use.strip("\n") or "\n".join(_selective(card)), "```", "")
     if line := command(card):
         yield from ("On the command line:", "", "```bash", line, "```")
-    else:
-        yield f"`fallow train` has no `--method {card.slug}`: {APART[card.slug]}."
+    elif card.apart:
+        yield f"`fallow train` has no `--method {card.slug}`: {card.apart}."
 
 
 PRETRAINING = [
@@ -187,12 +188,6 @@ PRETRAINING = [
     "for name in names:",
     "    model.set_submodule(name, model.get_submodule(name).to_dense())  # plain Linear layers again",
 ]
-APART = {
-    "smora": "it acts on a layer's inputs, so that it cannot be put into the weights that are saved",
-    "wara-spatial": "it acts on a layer's inputs, so that it cannot be put into the weights that are saved",
-    "petalface": "the recipe knows no quality of its pictures",
-    "sltrain": "it is for pretraining",
-}
 
 
 def in_peft(card: Card) -> list[str]:
@@ -243,9 +238,7 @@ def without_peft(card: Card) -> list[str]:
 
 def command(card: Card) -> str:
     """The line that trains with it, "" where the recipe does not."""
-    from fallow.recipes.methods import METHODS
-
-    if card.slug not in METHODS:
+    if card.apart or card.idea not in IDEAS:
         return ""
     options = EXAMPLES[card.slug].options if card.slug in EXAMPLES and card.slug not in OPTIONS else ""
     plain = [f" --option {part.replace(chr(34), '')}" for part in options.split(", ") if part]

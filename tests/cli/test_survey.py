@@ -46,6 +46,27 @@ def test_a_card_in_full_names_paper_class_defaults_claim_and_test(say):
     assert "fallow train" not in say("galore")
 
 
+def test_a_weight_parameterization_is_shown_with_its_ways_of_use_its_options_and_what_was_measured(say):
+    text = say("bone")
+    for part in (
+        'fallow.attach(model, "bone")',
+        'get_peft_model(model, fallow.BoneConfig(target_modules="all-linear"))',
+        "fallow train --method bone",
+        'q of "mini", which divides the outputs.',
+        "y = x Wᵀ + b + S D",
+        "when to use it",
+        "what we measured",
+        *(
+            line
+            for field in ("equation", "when", "cost", "found")
+            for line in getattr(catalogue.card("bone"), field).split()
+        ),
+    ):
+        assert part in text, part
+    assert "fallow train --method smora" not in say("smora")
+    assert "not by fallow train: it acts on a layer's inputs" in say("smora")
+
+
 def test_json_gives_all_cards_or_one(say):
     cards = json.loads(say("--json"))
     assert [card["slug"] for card in cards] == [card.slug for card in fallow.methods()]

@@ -21,7 +21,6 @@ sys.path.insert(0, str(ROOT / "docs"))
 
 from measured_cost import measured  # noqa: E402
 from method_pages import (  # noqa: E402
-    APART,
     EXAMPLES,
     PRETRAINING,
     command,
@@ -107,7 +106,7 @@ def test_the_example_in_peft_trains_saves_and_merges(card, names, monkeypatch):
     exec("\n".join(in_peft(card)), names)
     assert not torch.allclose(seen["trained"], base, atol=1e-6)
     again = PeftModel.from_pretrained(network(), "adapter")
-    assert torch.equal(says(card, again, x), seen["trained"])
+    torch.testing.assert_close(says(card, again, x), seen["trained"], atol=1e-5, rtol=1e-5)
     if "merged" in names:
         torch.testing.assert_close(names["merged"](x), seen["trained"], atol=1e-4, rtol=1e-4)
     if EXAMPLES[card.slug].merges and not EXAMPLES[card.slug].lora:
@@ -144,7 +143,7 @@ def test_sltrain_pretrains_and_leaves_plain_layers(names):
 @pytest.mark.parametrize("card", READY, ids=lambda card: card.slug)
 def test_the_command_is_one_that_trains_with_it(card):
     line = command(card)
-    if card.slug in APART:
+    if card.apart or card.idea not in ("delta", "selection", "full"):
         assert card.slug not in METHODS
         assert line == ""
         return

@@ -27,9 +27,10 @@ class Card:
     `slug`: its name on the command line and in files. `title`, `arxiv`: of its paper. `idea`: which of the house's
     ideas it is an instance of. `purpose`: one line. `name`: the public class in `fallow`, "" where the method has none
     of its own. `home`: the module with that class. `defaults`: what it does when nothing is said. `claim`: what its
-    paper claims, or what a baseline is there to show. `tested`: the test that checks the claim. For the method's page,
-    in Markdown: `equation`, with shapes; `when` to use it; `cost`, the formula of its trained numbers and what a layer
-    costs; `found`, what we measured, agreeing with the paper or not.
+    paper claims, or what a baseline is there to show. `tested`: the test that checks the claim. `apart`: why `fallow
+    train` does not train with a ready method, "" where it does. For the method's page, in Markdown: `equation`, with
+    shapes; `when` to use it; `cost`, the formula of its trained numbers and what a layer costs; `found`, what we
+    measured, agreeing with the paper or not; and `use`, lines of Python, for methods whose idea does not tell them.
 
     ConfigError for an idea or a status that does not exist, and for a ready method that lacks its claim or its test.
     """
@@ -45,6 +46,8 @@ class Card:
     defaults: str = ""
     claim: str = ""
     tested: str = ""
+    apart: str = ""
+    use: str = ""
     equation: str = ""
     when: str = ""
     cost: str = ""

@@ -120,6 +120,14 @@ def facts(title: str, rows: Iterable[tuple[str, Any]]) -> None:
     out.print(grid)
 
 
+def text(title: str, content: str) -> None:
+    """Print some lines under a title, as they are written."""
+    out = results()
+    out.print()
+    out.print(Text(title, style="bold"))
+    out.print(Text(content.strip("\n")), soft_wrap=True)
+
+
 def size(number: float | None) -> str:
     """Bytes for people, in decimal units: `1.23 MB`."""
     if number is None:

@@ -193,17 +193,37 @@ def show_cards(cards: list[Any]) -> None:
 
 
 def show_card(card: Any) -> None:
-    """Everything that is known of one method."""
+    """Everything that is known of one method: facts, how to use it, its options, and the texts of its page."""
     rows = [
         ("what it does", card.purpose),
         ("status", card.status),
-        ("paper", card.title),
+        ("paper" if card.arxiv or not card.ready else "title", card.title),
         ("", card.link),
         ("idea", card.idea),
-        ("in Python", f"fallow.{card.name}" if card.name else ""),
         ("defaults", card.defaults),
         ("claim", card.claim),
         ("tested in", card.tested),
-        ("to train", f"fallow train --method {card.slug}" if card.ready else ""),
+        *uses(card),
     ]
     show.facts(card.slug, [(name, value) for name, value in rows if value])
+    from fallow.catalogue.option import options_of
+
+    if options := options_of(card):
+        told = [(option.name, option.default, option.meaning.replace("`", "")) for option in options]
+        show.table("options", ["name", "default", "meaning"], told)
+    for name in ("equation", "when", "cost", "found"):
+        if text := getattr(card, name):
+            show.text({"when": "when to use it", "found": "what we measured"}.get(name, name), text)
+
+
+def uses(card: Any) -> list[tuple[str, str]]:
+    """(where, the line to write) of each way to use a method."""
+    if not card.ready or card.idea not in ("selection", "delta", "full"):
+        return [("in Python", f"fallow.{card.name}")] if card.name else []
+    delta = card.home.startswith("fallow.deltas.")
+    peft = f'get_peft_model(model, fallow.{card.name}Config(target_modules="all-linear"))'
+    return [
+        ("in Python", f'fallow.attach(model, "{card.slug}")' if delta else f"fallow.{card.name}" if card.name else ""),
+        ("in PEFT", peft if delta else ""),
+        ("to train", f"not by fallow train: {card.apart}" if card.apart else f"fallow train --method {card.slug}"),
+    ]

@@ -273,13 +273,7 @@ def _delta_options(slug: str) -> Callable[[Mapping[str, Any]], list[str]]:
     return lambda _: [*(name for name in _fields_of(_delta_config(slug)) if name not in hidden), *ADAMW]
 
 
-INPUTS = "it acts on a layer's inputs, so that it cannot be put into the weights, as adapters of pictures are"
-APART = {  # ready weight parameterizations that this recipe does not train, and why
-    "smora": INPUTS,
-    "wara-spatial": INPUTS,
-    "petalface": "it wants to be told how good each picture is (fallow.condition), which this recipe does not know",
-    "sltrain": "it is for pretraining, where it stands in the place of the weights",
-}
+APART = {card.slug: card.apart for card in methods() if card.apart}  # ready, but not for this recipe, and why
 DELTAS = [
     card.slug
     for card in methods()
