@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -320,12 +321,14 @@ def test_impossible_configs_are_refused_by_name_and_leave_the_model_as_it_was(gi
     assert [type(module) for module in base.modules()] == before
 
 
-def test_a_base_that_holds_nan_is_refused_where_its_values_are_read():
+@pytest.mark.parametrize("config", [fallow.DoRAConfig, fallow.LoRAConfig])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_base_that_holds_nan_is_refused_whether_the_method_reads_it_or_not(config: Any, value: float):
     base = mlp()
     with torch.no_grad():
-        base[0].weight[0, 0] = float("nan")
+        base[0].weight[0, 0] = value
     with pytest.raises(fallow.ModelError, match="'0' holds NaN"):
-        get_peft_model(base, fallow.DoRAConfig(target_modules=["0"], rank=2))
+        get_peft_model(base, config(target_modules=["0"], rank=2))
     assert isinstance(base[0], nn.Linear)
 
 
@@ -358,12 +361,25 @@ def test_a_model_without_the_layers_is_told_what_the_adapter_changes(tmp_path):
         PeftModel.from_pretrained(nn.Sequential(nn.Linear(6, 8)), tmp_path)
 
 
-@pytest.mark.parametrize("fault", ["missing", "extra", "misshapen", "foreign"])
-def test_a_file_that_does_not_fit_is_refused_by_name(fault: str, tmp_path):
+FAULTS = {
+    "missing": "the file lacks",
+    "extra": "does not have",
+    "misshapen": r"\(3, 3\)",
+    "foreign": "no tensor of",
+    "unknown": "which the model does not have",
+    "infinite": "NaN or infinite",
+    "whole numbers": "int32 in the file",
+    "cut off": "cannot be read as safetensors",
+}
+
+
+def spoil(folder: Path, fault: str) -> None:
     from safetensors.torch import load_file, save_file
 
-    saved(tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
+    file = folder / "adapter_model.safetensors"
+    if fault == "cut off":
+        file.write_bytes(file.read_bytes()[:-5])
+        return
     tensors = load_file(file)
     name = next(name for name in tensors if name.endswith("2.fallow_delta.A"))
     if fault == "missing":
@@ -372,12 +388,37 @@ def test_a_file_that_does_not_fit_is_refused_by_name(fault: str, tmp_path):
         tensors[name.replace("A", "C")] = torch.zeros(1)
     elif fault == "misshapen":
         tensors[name] = torch.zeros(3, 3)
+    elif fault == "unknown":
+        tensors["base_model.model.7.weight"] = torch.zeros(3, 3)
+    elif fault == "infinite":
+        tensors[name][0, 0] = float("inf")
+    elif fault == "whole numbers":
+        tensors[name] = tensors[name].int()
     else:
         tensors = {name.replace("fallow_delta.A", "lora_A.weight"): torch.zeros(3, 3)}
     save_file(tensors, file, metadata={"format": "pt"})
-    told = {"missing": "the file lacks", "extra": "does not have", "misshapen": r"\(3, 3\)", "foreign": "no tensor of"}
-    with pytest.raises(fallow.AdapterError, match=told[fault]):
-        PeftModel.from_pretrained(mlp(), tmp_path)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_file_that_does_not_fit_is_refused_by_name_and_leaves_the_model_as_it_was(fault: str, x: Tensor, tmp_path):
+    saved(tmp_path)
+    spoil(tmp_path, fault)
+    base = mlp()
+    base[2].bias.requires_grad_(False)
+    before, attributes = {name: param.requires_grad for name, param in base.named_parameters()}, set(vars(base))
+    with pytest.raises(fallow.AdapterError, match=FAULTS[fault]):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert {name: param.requires_grad for name, param in base.named_parameters()} == before
+    assert [type(module) for module in base.modules()] == [type(module) for module in mlp().modules()]
+    assert "peft_config" not in set(vars(base)) - attributes
+    model = get_peft_model(base, fallow.RandLoRAConfig(target_modules=["0"], rank=2), adapter_name="first")
+    stir(model)
+    said, names = model(x), list(model.state_dict())
+    with pytest.raises(fallow.AdapterError, match=FAULTS[fault]):
+        model.load_adapter(tmp_path, "second")
+    assert torch.equal(model(x), said)
+    assert list(model.state_dict()) == names
+    assert list(model.peft_config) == ["first"]
 
 
 def test_an_adapter_is_exchanged_in_place_and_the_compiled_model_stays(x: Tensor, tmp_path):

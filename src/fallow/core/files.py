@@ -320,9 +320,16 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     path = Path(path)
     if not path.is_file():
         raise AdapterError(f"{path} does not exist; give an adapter: a .safetensors file or an adapter directory")
+    with opened_tensors(path) as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+
+
+@contextmanager
+def opened_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file of which only the header has been read. AdapterError where it is cut off or none."""
     try:
         with safe_open(path, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+            yield opened
     except (SafetensorError, OSError) as error:
         raise AdapterError(
             f"{path} cannot be read as safetensors ({error}); it may have been cut off: copy or train it again"

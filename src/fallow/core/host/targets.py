@@ -9,10 +9,9 @@ from functools import partial
 from operator import attrgetter
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from fallow.core.delta import Delta
+from fallow.core.delta import Delta, refuse_not_finite
 from fallow.core.errors import ConfigError, ModelError, nearest
 from fallow.core.host.layer import Adapters, owner_of
 from fallow.core.sharded import is_dtensor
@@ -206,7 +205,4 @@ def check_weight(spot: Spot) -> None:
         )
     if getattr(spot.layer, "max_norm", None) is not None:
         raise ModelError(f"'{key}' rewrites its own weight in each forward (max_norm); exclude it")
-    if type(weight.data) is Tensor and weight.is_floating_point() and weight.numel() and weight.dtype.itemsize > 1:
-        low, high = torch.aminmax(weight.detach())
-        if not bool(torch.isfinite(high) & torch.isfinite(low)):
-            raise ModelError(f"the weight of '{key}' holds NaN or infinite values; mend the base or exclude it")
+    refuse_not_finite(key, weight)

@@ -6,6 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import peft
@@ -14,6 +15,7 @@ from peft.config import PeftConfig
 from torch import Tensor, nn
 
 from fallow.core.errors import AdapterError, ConfigError, nearest
+from fallow.core.files import opened_tensors
 
 if TYPE_CHECKING:
     from fallow.core.peft_host.layer import FallowLayer
@@ -165,6 +167,15 @@ class FallowConfig(PeftConfig, metaclass=_ByMethod):
 
     def make(self, model: nn.Module, sites: Sequence[Site]) -> Mapping[str, nn.Module]:
         """{site.key: Hosted or Delta} of an adapter, made in one pass over all sites; sets `made`. Some may be left."""
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """PEFT's own. AdapterError where the tensors beside a local config cannot be read."""
+        file = Path(pretrained_model_name_or_path, subfolder or "", "adapter_model.safetensors")
+        if file.is_file():
+            with opened_tensors(file):
+                pass
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
         raise ConfigError(f"{type(self).__name__} is of no method; give e.g. fallow.SaRAConfig")
 
     def describing(self, deltas: Mapping[str, nn.Module]) -> FallowConfig:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fallow.core.accompany import Penalty, accompany
-from fallow.core.delta import REGISTRY, Delta, MethodOptions, Site, make_options, one_of
+from fallow.core.delta import REGISTRY, Delta, MethodOptions, Site, make_options, one_of, refuse_not_finite
 from fallow.core.errors import AdapterError, ConfigError
 from fallow.core.files import fingerprint, matches
 from fallow.core.fused import Fused
@@ -104,6 +104,8 @@ class DeltaConfig(FallowConfig):
         for site in sites:
             view = view_of(site.layer.get_base_layer(), site.tensor)
             place = Site(site.key, view, site.layer.read, site.common, site.context, self.seed, fresh)
+            if fresh:
+                refuse_not_finite(site.key, site.weight)
             stack = site.weight.shape[0] if site.weight.dim() == 3 and view.kind == "parameter" else None
             rows = next((n for pattern, n in self.fused.items() if _fits(pattern, site.key)), stack)
             options = self.options_for(site.key)

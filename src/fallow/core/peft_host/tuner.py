@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast, get_args
@@ -22,6 +22,7 @@ from fallow.core.peft_host.deltas import describe
 from fallow.core.peft_host.layer import LINEAR, PREFIX, FallowLayer, FallowLinear, Holder, ParamWrapper
 from fallow.core.peft_host.shared import SHARED, Shared
 from fallow.core.peft_host.weighted import DENSE, Combination, combined
+from fallow.core.peft_host.taking_back import PLACE, Loading, check_tensors, refuse_foreign, waiting
 from fallow.core.select import WRITABLE
 from fallow.core.views import view_of
 
@@ -40,9 +41,9 @@ class FallowModel(BaseTuner):
         """Wrap the targets, then make the adapter's Deltas for all of them at once; all or nothing."""
         config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         self._adapting = cast(FallowConfig, config)
-        required = [(param, param.requires_grad) for param in model.parameters()]
         self._targets: dict[str, FallowLayer] = {}
-        self._wrapped: list[tuple[nn.Module, str, nn.Module]] = []
+        self._loading = Loading(model, adapter_name, self.peft_config)
+        of_a_file = not self._adapting.in_place and self._adapting.made is not None
         for layer in _layers(model):
             layer.settle(layer.merged_adapters)  # a choice is made by what the weights are without adapters
         common = nn.Module()
@@ -58,14 +59,12 @@ class FallowModel(BaseTuner):
             if deltas:
                 Shared.put(model, adapter_name, common, trained, next(iter(sites)).layer)
         except Exception:  # whatever it was, the model is put back as it was and the error goes on
-            for parent, name, child in reversed(self._wrapped):
-                setattr(parent, name, child)
-            for param, value in required:
-                param.requires_grad_(value)
-            self.peft_config.pop(adapter_name, None)
+            self._loading.undo()
             raise
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        if of_a_file:
+            model.__dict__[PLACE] = self._loading
         """Deltas are made in float32; `autocast_adapter_dtype=False` asks for the base's dtype instead."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if autocast_adapter_dtype:
@@ -116,7 +115,7 @@ class FallowModel(BaseTuner):
         if isinstance(parent, FallowLayer):  # a child of a wrapped attention block
             parent = parent.get_base_layer()
         setattr(parent, name, layer)
-        self._wrapped.append((parent, name, target))
+        self._loading.wrapped.append((parent, name, target))
         return layer
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -254,23 +253,18 @@ class FallowModel(BaseTuner):
         if config.in_place:
             return mapped
         mark = f".fallow_delta.{adapter_name}."
-        wanted = {name: tensor for name, tensor in model.state_dict().items() if mark in f".{name}"}
+        state, loading = model.state_dict(), waiting(model, adapter_name)
+        wanted = {name: tensor for name, tensor in state.items() if mark in f".{name}"}
         given = {name: tensor for name, tensor in mapped.items() if ".fallow_delta." in f".{name}"}
-        if not wanted.keys() & given.keys():
-            raise AdapterError(
-                f"no tensor of the file fits this '{config.method}' adapter: it holds {_some(state_dict)}; the adapter "
-                f"has {_some(wanted)}"
-            )
-        if missing := wanted.keys() - given.keys():
-            raise AdapterError(f"the file lacks {_some(missing)} of the '{config.method}' adapter; copy it again")
-        if extra := given.keys() - wanted.keys():
-            raise AdapterError(f"the file holds {_some(extra)}, which this '{config.method}' adapter does not have")
-        for name, tensor in wanted.items():
-            if tensor.shape != given[name].shape:
-                raise AdapterError(
-                    f"'{name}' is {tuple(given[name].shape)} in the file and {tuple(tensor.shape)} in the model; give "
-                    "the base and the options that the adapter was trained with"
-                )
+        try:
+            check_tensors(config.method, wanted, given, sorted(state_dict))
+            refuse_foreign(state, mapped.keys() - given.keys())
+        except AdapterError:
+            if loading is not None:
+                loading.undo()
+            raise
+        if loading is not None:
+            del loading.model.__dict__[PLACE]
         return mapped
 
     @contextmanager
@@ -331,11 +325,6 @@ def _around(target: nn.Module, parameter: str | None) -> FallowLayer | None:
     if isinstance(target, FallowLayer) and (parameter is None or target.tensor == parameter):
         return target
     return None
-
-
-def _some(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _tensor_of(module: nn.Module) -> str:
