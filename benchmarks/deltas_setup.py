@@ -1,0 +1,164 @@
+"""How long it takes to put each weight parameterization into an encoder, and what its decompositions lose.
+
+    python benchmarks/deltas_setup.py --out benchmarks/results
+
+The encoder is a ViT of 6 layers and width 512 (19.4 M parameters, random), all of its 36 linear layers adapted by
+`get_peft_model`; PEFT's own version of a method, where it has one, takes turns with ours. Seconds are the least of the
+turns, of processor time (of all threads together) and of wall clock, with one thread and with two. The wall clock says
+little where the machine does other things: its load is told.
+
+Decompositions are those of the methods, at their default ranks, of matrices (512, 512) and (2048, 512): random ones,
+whose flat spectrum is the hardest case of the range finder, and ones whose k-th singular value is 1 / k.
+
+    residual     ||W - U S Vᵀ|| beside the least that this rank can leave, minus 1; of what is whole, beside ||W||
+    values       the largest error of a singular value, relative to it
+    orthogonal   the largest entry of Uᵀ U - I and Vᵀ V - I
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from deltas_cases import Setting, Variant, lora, variants
+from peft import PeftConfig, get_peft_model
+from torch import Tensor
+
+from deltas import hardware
+from fallow.core.bases import all_triples, ldu, leading, smallest
+from fallow.core.files import atomic_write
+from fallow.core.linalg import Triples, low_rank
+
+
+def attached(setting: Setting, config: PeftConfig) -> tuple[float, float]:
+    """(processor, wall) seconds of get_peft_model."""
+    net = setting.base()
+    wall, processor = time.perf_counter(), time.process_time()
+    get_peft_model(net, config)
+    return time.process_time() - processor, time.perf_counter() - wall
+
+
+def least(setting: Setting, makers: list[Callable[[], PeftConfig]], repeats: int) -> list[dict[str, float]]:
+    """Of each maker's configs, which take turns."""
+    taken: list[list[tuple[float, float]]] = [[] for _ in makers]
+    for _ in range(repeats):
+        for at, make in enumerate(makers):
+            taken[at].append(attached(setting, make()))
+    return [{"processor": min(one for one, _ in pairs), "wall": min(two for _, two in pairs)} for pairs in taken]
+
+
+def attaching(setting: Setting, variant: Variant, repeats: int) -> dict[str, Any]:
+    names = setting.targets(False)
+    makers: list[Callable[[], PeftConfig]] = [lambda: variant.config(names)]
+    if variant.peer is not None:
+        makers.append(lambda: variant.peer(names) if variant.peer else lora(names))
+    row: dict[str, Any] = {"variant": variant.label, "method": variant.method, "options": variant.options}
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found = least(setting, makers, repeats)
+        row[f"threads {threads}"] = dict(zip(("ours", "peft"), found, strict=False))
+        row["load"] = os.getloadavg()[0]
+    torch.set_num_threads(1)
+    return row
+
+
+# -- decompositions ---------------------------------------------------------------------------------------------------
+
+
+def matrices() -> Iterator[tuple[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((512, 512), (2048, 512)):
+        flat = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+        yield f"random {shape}", flat
+        u, s, vt = torch.linalg.svd(flat.double(), full_matrices=False)
+        yield f"falling {shape}", ((u / torch.arange(1, s.numel() + 1)) @ vt).float()
+
+
+Errors = Callable[[Tensor], dict[str, float]]
+
+
+def truncated(rank: int, find: Callable[[Tensor, int, torch.Generator], Triples]) -> Errors:
+    """The errors of the first `rank` triples that `find` gives."""
+
+    def errors(w: Tensor) -> dict[str, float]:
+        u, s, vt = (part.double() for part in find(w, rank, torch.Generator().manual_seed(1)))
+        exact = torch.linalg.svdvals(w.double())
+        over, left = (w.double() - (u * s) @ vt).norm(), exact[rank:].square().sum().sqrt()
+        residual = over / left - 1 if rank < exact.numel() else over / exact.norm()
+        eye = torch.eye(rank, dtype=torch.float64)
+        orthogonal = max((u.T @ u - eye).abs().max(), (vt @ vt.T - eye).abs().max())
+        values = ((s - exact[:rank]).abs() / exact[:rank]).max()
+        return {"residual": float(residual), "values": float(values), "orthogonal": float(orthogonal)}
+
+    return errors
+
+
+def dropped(rank: int) -> Errors:
+    """Of KaSA's smallest directions: what is taken out beside what should be, and how far it is from it."""
+
+    def errors(w: Tensor) -> dict[str, float]:
+        p, q = (part.double() for part in smallest(w, rank))
+        u, s, vt = torch.linalg.svd(w.double(), full_matrices=False)
+        exact = (u[:, -rank:] * s[-rank:]) @ vt[-rank:]
+        return {"residual": float((p @ q - exact).norm() / w.double().norm())}
+
+    return errors
+
+
+def lu(w: Tensor) -> dict[str, float]:
+    lower, d, upper, _ = ldu(w)
+    return {"residual": float(((lower.double() * d.double()) @ upper.double() - w.double()).norm() / w.double().norm())}
+
+
+DECOMPOSITIONS: dict[str, Errors] = {
+    "svfit, salt: all": truncated(512, lambda w, rank, generator: all_triples(w)),
+    "svfit rank 32: range finder": truncated(32, leading),
+    "lora-xs rank 16: range finder": truncated(16, lambda w, rank, g: low_rank(w, rank, generator=g)),
+    "lamda rank 64: range finder": truncated(64, lambda w, rank, g: low_rank(w, rank, generator=g)),
+    "kasa rank 8: the smallest": dropped(8),
+    "loldu: all": lu,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="*", help="slugs or labels of variants; all by default")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="a folder for the result file")
+    parser.add_argument("--tag", default="epyc", help="the hardware, in the name of the file")
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    gc.freeze()
+    setting = Setting("transformer", width=512)
+    parameters = sum(param.numel() for param in setting.original.parameters())
+    rows = []
+    for variant in variants(setting, given.methods):
+        rows.append(attaching(setting, variant, given.repeats))
+        told = [
+            f"{threads}: {who} {seconds['processor']:.2f} s processor, {seconds['wall']:.2f} s wall"
+            for threads in ("threads 1", "threads 2")
+            for who, seconds in rows[-1][threads].items()
+        ]
+        print(f"{variant.label:20} {' | '.join(told)}", flush=True)
+    losses = {}
+    for name, errors in DECOMPOSITIONS.items():
+        losses[name] = {shape: errors(w) for shape, w in matrices()}
+        for shape, found in losses[name].items():
+            print(f"{name:32} {shape:20} " + ", ".join(f"{what} {error:.1e}" for what, error in found.items()))
+    if given.out:
+        whole = {**hardware(), "parameters": parameters, "repeats": given.repeats, "attaching": rows, "errors": losses}
+        with atomic_write(given.out / f"deltas-setup-{given.tag}.json") as part:
+            part.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
