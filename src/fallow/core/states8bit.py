@@ -1,15 +1,11 @@
-"""AdamW whose two moments take a byte each: small floats, scaled block by block of 256 entries.
+"""AdamW whose two moments take a byte each: small floats, scaled block by block of 256 entries (`core.small_floats`).
 
     m   sign + 4 bits of exponent + 3 of mantissa      relative step 2^-3, range 2^-15 to 1 of the block's largest |m|
     v   5 bits of exponent + 3 of mantissa             relative step 2^-3 (so 2^-4 in sqrt(v)), range 2^-31 to 1
 
-The code of x is the top of the bit pattern of the float32 x / scale, so encoding and decoding are shifts and additions
-on every device. Rounding is dithered: before the low bits are cut off, a number is added that is spread evenly over
-them, from the entry's place and the step. Over the steps the mean is then exact, and v, which changes by a thousandth
-a step, moves at all; and since nothing is drawn by chance, a resumed run goes on bit for bit. v never rounds to zero,
-which would make an entry jump.
-
-Tensors of fewer than `SMALL` entries keep float32 moments. The update itself is torch's AdamW on decoded moments.
+Rounding is dithered, so v, which changes by a thousandth a step, moves at all; and v never rounds to zero, which would
+make an entry jump. Tensors of fewer than `SMALL` entries keep float32 moments. The update itself is torch's AdamW on
+decoded moments.
 """
 
 from __future__ import annotations
@@ -22,43 +18,9 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from fallow.core.errors import ConfigError
+from fallow.core.small_floats import M8, V8, decode, encode
 
-BLOCK = 256
 SMALL = 1024
-MANTISSA = 3
-CUT = 23 - MANTISSA  # low bits of a float32 that are cut off
-GOLDEN = 0x9E3779B1 - (1 << 32)  # 2^32 / the golden ratio, as int32: multiples of it fill the range evenly
-ONE = 127 << 23  # the bits of 1.0
-
-
-def encode(x: Tensor, signed: bool, step: int) -> tuple[Tensor, Tensor]:
-    """(codes (b * 256,) uint8, scales (b,) float32) of x (k,), padded by zeros to whole blocks."""
-    blocks = nn.functional.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)
-    size = blocks.abs() if signed else blocks
-    scale = size.amax(dim=1)
-    # The largest of a block gets the largest code, (2 - 2^-3) * 2^0; a block of zeros divides by one.
-    top = 2 - 2.0**-MANTISSA
-    bits = (size * (top / torch.where(scale > 0, scale, 1.0)).unsqueeze(1)).view(torch.int32)
-    places = torch.arange(bits.numel(), dtype=torch.int32, device=x.device).view_as(bits)
-    shift = (step * 0x5851F42D + (1 if signed else 0) * 0x14057B7E) % (1 << 31)
-    dither = ((places.mul_(GOLDEN)).add_(shift) >> 9).bitwise_and_((1 << CUT) - 1)
-    lowest = (127 - (15 if signed else 31)) << MANTISSA  # of the exponent, in units of the code
-    code = ((bits + dither) >> CUT).sub_(lowest)
-    if not signed:
-        return code.clamp_(1, 255).to(torch.uint8).view(-1), scale
-    code = code.clamp_(0, 127)
-    return torch.where(blocks < 0, code + 128, code).to(torch.uint8).view(-1), scale
-
-
-def decode(codes: Tensor, scale: Tensor, size: int, signed: bool) -> Tensor:
-    """(size,) float32, what the codes stand for."""
-    code = codes.to(torch.int32).view(-1, BLOCK)
-    magnitude = code & 127 if signed else code
-    lowest = (127 - (15 if signed else 31)) << MANTISSA
-    value = ((magnitude + lowest) << CUT).view(torch.float32)
-    if signed:
-        value = torch.where(magnitude == 0, 0.0, torch.where(code > 127, -value, value))
-    return (value * (scale / (2 - 2.0**-MANTISSA)).unsqueeze(1)).view(-1)[:size]
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -126,8 +88,8 @@ class AdamW8bit(torch.optim.Optimizer):
         if "m" in state:
             return state["m"], state["v"]
         size = state["size"]
-        m = decode(state["m_code"], state["m_scale"], size, signed=True)
-        v = decode(state["v_code"], state["v_scale"], size, signed=False)
+        m = decode(state["m_code"], state["m_scale"], size, M8)
+        v = decode(state["v_code"], state["v_scale"], size, V8)
         return (m, v) if size != param.numel() else (m.view(param.shape), v.view(param.shape))
 
     def _keep(self, param: Tensor, m: Tensor, v: Tensor) -> None:
@@ -139,8 +101,8 @@ class AdamW8bit(torch.optim.Optimizer):
             state["m"], state["v"] = m, v
             return
         state["size"] = size
-        state["m_code"], state["m_scale"] = encode(m.view(-1), True, state["updates"])
-        state["v_code"], state["v_scale"] = encode(v.view(-1), False, state["updates"])
+        state["m_code"], state["m_scale"] = encode(m.view(-1), M8, state["updates"])
+        state["v_code"], state["v_scale"] = encode(v.view(-1), V8, state["updates"])
 
 
 def _fused(params: list[Any]) -> bool:

@@ -23,20 +23,16 @@ import torch
 from torch import Tensor
 
 from fallow.core.errors import ConfigError
-from fallow.optim import moments, refresh
-from fallow.optim.bases import BASES
+from fallow.optim import moments as states
+from fallow.optim import refresh
 from fallow.optim.bases.basis import Basis
-from fallow.optim.inner import INNER
 from fallow.optim.inner.rule import Inner
-from fallow.optim.parts import described, make_part, number, one_of
-from fallow.optim.residuals import RESIDUALS
+from fallow.optim.options import PARTS, check_options, with_parts
+from fallow.optim.parts import described
 from fallow.optim.residuals.residual import Move, Residual
-from fallow.optim.site import SIDES, Site
-from fallow.optim.writing import move_weight
+from fallow.optim.site import Site
+from fallow.optim.writing import begin_rounding, check_rounding, move_weight
 
-PARTS: dict[str, tuple[Mapping[str, Any], type]] = {
-    "basis": (BASES, Basis), "inner": (INNER, Inner), "residual": (RESIDUALS, Residual),
-}  # fmt: skip
 TOGETHER = {"cpu": 1 << 20}  # entries of gradients that are treated together: what stays in a core's cache
 TOGETHER_ON_ACCELERATOR = 1 << 22  # there launches cost more than memory
 
@@ -48,7 +44,10 @@ class LowRank(torch.optim.Optimizer):
     `basis`, `inner`, `residual`: parts by name, as a mapping with options, or made (`optim.bases`, `optim.inner`,
     `optim.residuals`). `scale`: factor of the projected part. `side`: the projected one: short | long | left (out) |
     right (in). `refresh_every` steps the basis is chosen again; `moments`, `stagger`, `lazy`: see `optim.refresh`.
-    `betas`, `eps`, `weight_decay` (decoupled): AdamW's; `eps_mode`: torch | galore. `seed`: of everything drawn.
+    `betas`, `eps`, `weight_decay` (decoupled): AdamW's; `eps_mode`: torch | galore. `plain_scale`: factor of `lr` for
+    tensors that take the inner rule plainly. `state_dtype`: fp32 | bf16 | 8bit | 4bit; `basis_dtype`: fp32 | bf16 |
+    int8 | nf4 (`optim.moments`). `rounding` of weights of low precision: nearest | stochastic | compensated
+    (`optim.writing`). `seed`: of everything drawn.
 
     ConfigError for values that cannot be, when the optimizer or a group is made. TrainingError where a basis is due and
     the gradient is not finite; nothing has changed then.
@@ -73,15 +72,15 @@ class LowRank(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         eps_mode: str = "torch",
+        plain_scale: float = 1.0,
+        state_dtype: str = "fp32",
+        basis_dtype: str | None = None,
+        rounding: str = "nearest",
         seed: int = 0,
     ) -> None:
-        defaults = {
-            "lr": lr, "rank": rank, "basis": basis, "inner": inner, "residual": residual, "refresh_every":
-            refresh_every, "scale": scale, "side": side, "moments": moments, "stagger": stagger, "lazy": lazy, "betas":
-            betas, "eps": eps, "weight_decay": weight_decay, "eps_mode": eps_mode, "seed": seed, "steps": 0,
-        }  # fmt: skip
+        defaults = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
         self._found: dict[Tensor, Site] = {}
-        super().__init__(params, defaults)
+        super().__init__(params, defaults | {"steps": 0})
 
     # -- what is trained ----------------------------------------------------------------------------------------------
 
@@ -89,11 +88,12 @@ class LowRank(torch.optim.Optimizer):
         """As torch's; ConfigError for options that cannot be, before the group is added."""
         if unknown := [key for key in param_group if key not in {*self.defaults, "params", "param_names"}]:
             raise ConfigError(f"a group has no option '{unknown[0]}'; there are {', '.join(self.defaults)}")
-        checked({**self.defaults, **param_group})
+        check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        check_rounding(group["rounding"], group["params"])
         group["steps"] = 0
-        _with_parts(group)
+        with_parts(group)
         self._found = {}
 
     def sites(self) -> list[Site]:
@@ -105,9 +105,15 @@ class LowRank(torch.optim.Optimizer):
             at = 0
             for one in self.param_groups:
                 names = one.get("param_names") or [f"parameter {at + i}" for i in range(len(one["params"]))]
-                for name, held in zip(names, one["params"], strict=True):
-                    self._found[held] = Site(held, one, self.state, at, name)
-                    at += 1
+                made = [
+                    Site(held, one, self.state, at + i, name)
+                    for i, (name, held) in enumerate(zip(names, one["params"], strict=True))
+                ]
+                projected = [site for site in made if site.rank is not None]
+                for place, site in enumerate(projected):
+                    site.place, site.peers = place, len(projected)
+                self._found.update((site.param, site) for site in made)
+                at += len(made)
         return self._found[param]
 
     # -- training -----------------------------------------------------------------------------------------------------
@@ -127,7 +133,7 @@ class LowRank(torch.optim.Optimizer):
         for group, sites in moving:
             for part in _together([site for site in sites if site.rank is not None]):
                 self._update_projected(part, group, choosing)
-            for part in _together([site for site in sites if site.rank is None]):
+            for part in _together([site for site in sites if site.plain]):
                 self._update_plain(part, group)
             group["steps"] += 1
         return loss
@@ -138,46 +144,46 @@ class LowRank(torch.optim.Optimizer):
             if not site.state:
                 self._begin(site)
         waiting = [site for site in sites if site.rank is not None and refresh.due(site, site.group["steps"])]
-        looking = [site for site in waiting if site.group["basis"].decomposes]
+        looking = [site for site in waiting if refresh.looks(site.group)]
         found = refresh.usable(looking, [site.gradient() for site in looking])
         zero = {site.index for site, good in zip(looking, found, strict=True) if not good}
         return {site.index for site in waiting} - zero
 
     def _begin(self, site: Site) -> None:
-        site.state["age"] = 0
-        moments.begin(site, site.group["inner"].shapes(site.shape))
-        if site.rank is not None:
-            every, count = site.group["refresh_every"], max(1, len(site.group["params"]))
-            at = next(i for i, param in enumerate(site.group["params"]) if param is site.param)
-            offset = at * every // count if site.group["stagger"] else 0
-            site.state.update(chosen=False, due=0, gap=every, offset=offset)
-            site.group["basis"].begin(site)
-            moments.begin(site, site.group["residual"].shapes(site))
+        begin(site)
 
     def _update_projected(self, sites: Sequence[Site], group: dict[str, Any], choosing: set[int]) -> None:
+        """Sites of one shape: choose bases where that is due, project, and move the weights."""
         basis, inner, residual = group["basis"], group["inner"], group["residual"]
-        seen = [residual.incoming(site, site.gradient()) for site in sites]
-        due = [(site, one) for site, one in zip(sites, seen, strict=True) if site.index in choosing]
-        if due:
-            refresh.refresh([site for site, _ in due], [one for _, one in due], group, group["steps"])
-        projected = [basis.project(site, one) for site, one in zip(sites, seen, strict=True)]
-        for site in sites:
+        seen = {site.index: residual.incoming(site, site.gradient()) for site in sites}
+        if due := [site for site in sites if site.index in choosing]:
+            refresh.refresh(due, [seen[site.index] for site in due], group, group["steps"])
+        inside = [site for site in sites if site.active]
+        projected = [basis.project(site, seen[site.index]) for site in inside]
+        for site in inside:
             site.state["age"] += 1
-        directions = inner.directions(sites, projected, group)
-        for site, one, inside, direction in zip(sites, seen, projected, directions, strict=True):
+        directions = inner.directions(inside, projected, group) if inside else []
+        lr, decay = group["lr"], group["lr"] * group["weight_decay"]
+        for site, within, direction in zip(inside, projected, directions, strict=True):
             correction = inner.correction(site.state["age"], group)
-            move = residual.move(site, basis, one, inside, direction, correction)
-            move_weight(site, site.weight(), move, group["lr"], group["weight_decay"])
+            move_weight(site, residual.move(site, basis, seen[site.index], within, direction, correction), lr, decay)
+        for site in sites:
+            if not (site.active or site.plain):
+                move_weight(site, residual.alone(site, seen[site.index]), lr, decay)
 
     def _update_plain(self, sites: Sequence[Site], group: dict[str, Any]) -> None:
-        gradients = [site.param.grad.detach() for site in sites if site.param.grad is not None]
+        """Tensors that take the inner rule as it is, those of an active block at the projected ones' rate."""
+        factor = group["plain_scale"] if sites[0].rank is None else group["scale"]
+        lr, inner = group["lr"] * factor, sites[0].inner
+        options = {**group, "lr": lr, "weight_decay": group["weight_decay"] / factor if factor else 0.0}
+        gradients = [site.param.grad.detach().to(site.work) for site in sites if site.param.grad is not None]
         for site in sites:
             site.state["age"] += 1
-        if group["inner"].step(sites, gradients, group):
+        if factor and inner.step(sites, gradients, options):
             return
-        directions = group["inner"].directions(sites, gradients, group)
+        directions = inner.directions(sites, gradients, options)
         for site, direction in zip(sites, directions, strict=True):
-            move_weight(site, site.param.detach(), Move(dense=direction), group["lr"], group["weight_decay"])
+            move_weight(site, Move(dense=direction), lr, group["lr"] * group["weight_decay"])
 
     # -- resuming -----------------------------------------------------------------------------------------------------
 
@@ -193,7 +199,7 @@ class LowRank(torch.optim.Optimizer):
         """Continue bit for bit. Tensors keep their own dtypes, where torch's method gives them the parameter's."""
         super().load_state_dict({**state_dict, "state": {}})
         for group in self.param_groups:
-            _with_parts(group)
+            with_parts(group)
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         own = [param for group in self.param_groups for param in group["params"]]
         for number_, param in zip(saved, own, strict=True):
@@ -211,12 +217,31 @@ def _own(value: Any, param: Tensor) -> Any:
     return value.to(param.device, copy=True) if isinstance(value, Tensor) else value
 
 
+def begin(site: Site) -> None:
+    """Make everything that is kept for a site, of its final shapes."""
+    group, state = site.group, site.state
+    state["age"] = 0
+    begin_rounding(site)
+    if site.rank is None or site.active:
+        states.begin_inner(site)
+    if site.rank is None:
+        return
+    every = group["refresh_every"]
+    offset = site.place * every // site.peers if group["stagger"] else 0
+    state.update(chosen=False, due=0, gap=every, offset=offset)
+    if site.rank:
+        group["basis"].begin(site)
+        group["residual"].begin(site)
+
+
 def _together(sites: Sequence[Site]) -> Iterator[list[Site]]:
-    """Sites of one shape, dtype and device, as many at a time as are worth treating together."""
+    """Sites that are treated alike, of one dtype and device, projected ones of one shape; as many at a time as is worth
+    while.
+    """
     groups: dict[Any, list[Site]] = {}
     for site in sites:
-        key = (site.d, site.n, site.rank, site.flipped) if site.rank is not None else None
-        groups.setdefault((key, site.param.dtype, site.param.device), []).append(site)
+        shape = (site.d, site.n, site.rank, site.flipped) if site.rank is not None else type(site.inner)
+        groups.setdefault((shape, site.param.dtype, site.param.device), []).append(site)
     for (_, _, device), group in groups.items():
         most, part, taken = TOGETHER.get(device.type, TOGETHER_ON_ACCELERATOR), list[Site](), 0
         for site in group:
@@ -226,41 +251,3 @@ def _together(sites: Sequence[Site]) -> Iterator[list[Site]]:
             part.append(site)
             taken += site.param.numel()
         yield part
-
-
-def _with_parts(group: dict[str, Any]) -> None:
-    for key, (table, kind) in PARTS.items():
-        group[key] = make_part(key, group[key], table, kind)
-
-
-def checked(options: Mapping[str, Any]) -> None:
-    """ConfigError where an option of a group cannot be."""
-    made = {key: make_part(key, options[key], table, kind) for key, (table, kind) in PARTS.items()}
-    rank = options["rank"]
-    if rank is not None:
-        share = isinstance(rank, float)
-        number("rank", rank, 0, 1 + 1e-12 if share else float("inf"))
-        if not rank and not made["residual"].moves_alone:
-            raise ConfigError(
-                f"rank={rank} leaves nothing to residual='{made['residual'].name}'; give rank of at least 1"
-            )
-    made["residual"].check(made["basis"])
-    if not isinstance(options["lr"], Tensor):
-        number("lr", options["lr"], 0)
-    betas = options["betas"]
-    if not (isinstance(betas, tuple | list) and len(betas) == 2):
-        raise ConfigError(f"betas={betas!r} must be two numbers from 0 to below 1, like (0.9, 0.999)")
-    for beta in betas:
-        number("betas", beta, 0, 1)
-    number("eps", options["eps"], 0)
-    number("weight_decay", options["weight_decay"], 0)
-    number("scale", options["scale"], 0)
-    number("seed", options["seed"], 0)
-    number("refresh_every", options["refresh_every"], 1)
-    if not isinstance(options["refresh_every"], int):
-        raise ConfigError(f"refresh_every={options['refresh_every']!r} must be a whole number of steps, 1 or more")
-    if options["lazy"] is not None:
-        number("lazy", options["lazy"], 0, 1 + 1e-12, closed=False)
-    one_of("side", options["side"], SIDES)
-    one_of("moments", options["moments"], refresh.MOMENTS)
-    one_of("eps_mode", options["eps_mode"], ("torch", "galore"))

@@ -32,6 +32,15 @@ def due(site: Site, step: int) -> bool:
     return bool(site.rank) and step >= site.state["due"]
 
 
+def looks(group: Mapping[str, Any]) -> bool:
+    """Whether the gradient is to be looked at before a basis is chosen by it, which waits for the device.
+
+    A fixed basis that is chosen in every step keeps its choice by itself where a gradient is zero.
+    """
+    basis = group["basis"]
+    return basis.decomposes or (basis.follows and group["refresh_every"] > 1)
+
+
 def seed_of(site: Site, step: int) -> int:
     """The seed of a choice, the same on every device and after a resume."""
     mixed = site.group["seed"] + SEED_STRIDE[0] * (site.index + 1) + SEED_STRIDE[1] * (step + 1)
@@ -58,13 +67,13 @@ def usable(sites: Sequence[Site], gradients: Sequence[Tensor]) -> list[bool]:
 
 def refresh(sites: Sequence[Site], gradients: Sequence[Tensor], group: Mapping[str, Any], step: int) -> None:
     """Choose the bases of sites of one shape, and carry the moments over."""
-    basis, inner = group["basis"], group["inner"]
+    basis = group["basis"]
     turns = basis.choose(sites, gradients, [seed_of(site, step) for site in sites])
     for site, turn in zip(sites, turns, strict=True):
         state = site.state
         if turn is not None:
             if group["moments"] == "reset":
-                moments.zero(site, tuple(inner.powers))
+                moments.zero(site)
                 state["age"] = 0
             elif group["moments"] == "rotate":
                 _rotate(site, turn)
@@ -80,8 +89,7 @@ def _next(site: Site, step: int) -> int:
 
 
 def _rotate(site: Site, turn: Any) -> None:
-    basis, inner = site.group["basis"], site.group["inner"]
-    for key, power in inner.powers.items():
-        if power:
-            held = moments.read(site, key)
-            moments.write(site, key, basis.turn(turn, held, power))
+    basis, inner = site.group["basis"], site.inner
+    for key in inner.shapes(site.shape):
+        if inner.turns(key):
+            moments.write(site, key, basis.turn(turn, moments.read(site, key), inner.powers[key]))

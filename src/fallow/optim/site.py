@@ -26,26 +26,30 @@ class Site:
     it takes the inner rule plainly. `flipped`: whether the matrix is the transposed view.
     """
 
-    __slots__ = ("d", "flipped", "group", "index", "n", "name", "order", "param", "rank", "states")
+    __slots__ = (
+        "d", "flipped", "fresh", "group", "index", "n", "name", "order", "param", "peers", "place", "rank", "shared",
+        "states",
+    )  # fmt: skip
 
     def __init__(
         self, param: Tensor, group: dict[str, Any], states: dict[Tensor, dict[str, Any]], index: int, name: str
     ) -> None:
         self.param, self.group, self.states, self.index, self.name = param, group, states, index, name
         self.rank: int | None = None
-        self.d = self.n = 0
+        self.d = self.n = self.place = self.peers = 0
         self.flipped, self.order = False, tuple(range(param.ndim))
+        self.shared: Tensor | None = None  # what the basis holds for all sites of this size
+        self.fresh: Tensor | None = None  # R, where choosing the basis has made it
         if param.ndim < 2 or not param.numel() or group["rank"] is None:
             return
         strides = param.stride()
         # the dimensions within a row in the order of memory, so that channels_last weights too are seen, not copied
         self.order = (0, *sorted(range(1, param.ndim), key=lambda dim: (-strides[dim], dim)))
         out, inner = param.shape[0], param.numel() // param.shape[0]
-        side = group["side"]
-        self.flipped = {"short": out >= inner, "long": out < inner, "left": False, "right": True}[side]
+        self.flipped = {"short": out >= inner, "long": out < inner, "left": False, "right": True}[group["side"]]
         self.d, self.n = (inner, out) if self.flipped else (out, inner)
         rank = group["basis"].width(group["rank"], self.d, self.n)
-        self.rank = None if rank >= self.d * (1 if group["basis"].sided else self.n) else rank
+        self.rank = None if rank >= group["basis"].most(self.d, self.n) else rank
 
     @property
     def state(self) -> dict[str, Any]:
@@ -53,9 +57,28 @@ class Site:
         return self.states[self.param]
 
     @property
+    def inner(self) -> Any:
+        """The inner rule; AdamW for a tensor that is no matrix, where the rule is one of matrices."""
+        rule = self.group["inner"]
+        return rule if rule.fits(self.param) else rule.other()
+
+    @property
+    def active(self) -> bool:
+        """Whether some of it is projected and has states of its own; not with a rank of 0, or outside a block."""
+        return bool(self.rank) and not self.group["basis"].whole
+
+    @property
+    def plain(self) -> bool:
+        """Whether it takes the inner rule as it is, in this step."""
+        return self.rank is None or bool(self.group["basis"].whole and self.state.get("active"))
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """(r, n) of what the inner rule sees; the tensor's own shape where nothing is projected."""
-        return tuple(self.param.shape) if self.rank is None else self.group["basis"].seen(self.rank, self.d, self.n)
+        basis = self.group["basis"]
+        if self.rank is None or basis.whole:
+            return tuple(self.param.shape)
+        return basis.seen(self.rank, self.d, self.n)
 
     @property
     def work(self) -> torch.dtype:

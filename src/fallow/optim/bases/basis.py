@@ -1,7 +1,7 @@
 """What a basis is: P (d, r) for each matrix, how it is chosen, and what is done with it.
 
-A basis that is a dense matrix with orthonormal columns needs `spaces` alone, its rule of choice. One that is not (a set
-of rows, whole tensors) has its own `project`, `subtract`, `leftover` and `turn`.
+A basis that is a dense matrix needs `spaces` alone, its rule of choice. One that is not (a set of rows, whole tensors)
+has its own `choose`, `project`, `subtract`, `leftover` and `turn`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fallow.core.errors import ConfigError
+from fallow.optim import moments
 from fallow.optim.site import Site
 
 Turn = Any  # what maps a moment of the old basis into the new one
@@ -21,17 +21,28 @@ Turn = Any  # what maps a moment of the old basis into the new one
 
 @dataclass(frozen=True)
 class Basis:
-    """The dense kind; others override."""
+    """The dense kind; others override.
+
+    `orthonormal`: PᵀP = I. `follows`: chosen from the gradient, of which a zero one tells nothing. `decomposes`: by a
+    decomposition, which a gradient that is not finite must not reach. `sided`: lies along one side of the matrix, and R
+    is (r, n). `columnwise`: columns of W can be treated apart. `whole`: holds all of a tensor, or nothing.
+    """
 
     name: ClassVar[str] = ""
-    orthonormal: ClassVar[bool] = True  # PᵀP = I
-    decomposes: ClassVar[bool] = True  # chosen by a decomposition of the gradient, which must be finite and not zero
-    sided: ClassVar[bool] = True  # lies along one side of the matrix
-    columnwise: ClassVar[bool] = True  # columns of W can be treated apart
+    orthonormal: ClassVar[bool] = True
+    follows: ClassVar[bool] = True
+    decomposes: ClassVar[bool] = True
+    sided: ClassVar[bool] = True
+    columnwise: ClassVar[bool] = True
+    whole: ClassVar[bool] = False
 
     def width(self, rank: int | float, d: int, n: int) -> int:
         """Columns for a rank, or for a share of the side."""
         return rank if isinstance(rank, int) else round(rank * d)
+
+    def most(self, d: int, n: int) -> int:
+        """The width from which on nothing is left to project."""
+        return d
 
     def seen(self, rank: int, d: int, n: int) -> tuple[int, ...]:
         """The shape of what the inner rule sees."""
@@ -39,11 +50,11 @@ class Basis:
 
     def begin(self, site: Site) -> None:
         """Make its state, of its final shapes."""
-        site.state["basis"] = torch.zeros(site.d, site.rank or 0, dtype=site.work, device=site.param.device)
+        moments.begin_basis(site, (site.d, site.rank or 0))
 
     def spaces(self, sites: Sequence[Site], gradients: Tensor, former: Tensor | None, seeds: Sequence[int]) -> Tensor:
         """(b, d, r) new bases for gradients (b, d, n); `former` (b, d, r): those until now, if there are any."""
-        raise ConfigError(f"basis '{self.name}' has no rule of choice; give it `spaces`")
+        raise AssertionError(f"basis '{self.name}' has no rule of choice")
 
     def choose(self, sites: Sequence[Site], gradients: Sequence[Tensor], seeds: Sequence[int]) -> list[Turn]:
         """Choose anew for sites of one shape; for each what `turn` takes, None where there was no basis before."""
@@ -52,24 +63,24 @@ class Basis:
         new = self.spaces(sites, torch.stack([*gradients]), former if all(known) else None, seeds)
         turns = [one if held else None for held, one in zip(known, new.mT @ former, strict=True)]
         for site, basis in zip(sites, new, strict=True):
-            site.state["basis"].copy_(basis)
+            moments.write_basis(site, basis)
         return turns
 
     def matrix(self, site: Site) -> Tensor:
         """(d, r)"""
-        return site.state["basis"]
+        return moments.read_basis(site)
 
     def project(self, site: Site, gradient: Tensor) -> Tensor:
-        """(r, n) Pᵀ G"""
+        """(r, n) Pᵀ G, a new tensor."""
         return self.matrix(site).mT @ gradient
 
     def subtract(self, site: Site, weight: Tensor, change: Tensor) -> None:
         """W (d, k) -= P K (r, k), in place, without forming P K."""
         weight.addmm_(self.matrix(site), change, alpha=-1)
 
-    def leftover(self, site: Site, gradient: Tensor, projected: Tensor, share: float = 1.0) -> Tensor:
-        """(d, n) G - share * P R, a new tensor."""
-        return torch.addmm(gradient, self.matrix(site), projected, alpha=-share)
+    def leftover(self, site: Site, gradient: Tensor, projected: Tensor) -> Tensor:
+        """(d, n) G - P R, a new tensor."""
+        return torch.addmm(gradient, self.matrix(site), projected, alpha=-1)
 
     def turn(self, turn: Turn, moment: Tensor, power: int) -> Tensor:
         """A moment (r, ...) in the new basis: Q M with Q = P_newᵀ P_old; second moments by the squares of Q."""

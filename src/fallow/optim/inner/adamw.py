@@ -40,6 +40,8 @@ class AdamW(Inner):
 
     def step(self, sites: Sequence[Site], gradients: Sequence[Tensor], group: Mapping[str, Any]) -> bool:
         params = [site.param.detach() for site in sites]
+        if any(param.dtype != site.work for site, param in zip(sites, params, strict=True)):
+            return False
         self._moved(sites, params, gradients, group, group["lr"], group["weight_decay"])
         return True
 
@@ -70,3 +72,11 @@ class AdamW(Inner):
         for site, m, v in zip(sites, first, second, strict=True):
             write(site, "m", m)
             write(site, "v", v)
+
+
+@dataclass(frozen=True)
+class AdamW8bit(AdamW):
+    """The same with moments of a byte each, whatever the group's `state_dtype`."""
+
+    name: ClassVar[str] = "adamw8bit"
+    form: ClassVar[str | None] = "8bit"

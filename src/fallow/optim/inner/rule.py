@@ -8,28 +8,41 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from fallow.core.errors import ConfigError
 from fallow.optim.site import Site
 
 
 @dataclass(frozen=True)
 class Inner:
-    """`powers`: for each of its states the power of the gradient that it averages, 1 or 2; 0 for one without sides.
-
-    `per_entry`: whether an entry's direction depends on that entry's past alone, so that blocks may be treated apart.
+    """`powers`: for each of its states the power of the gradient that it averages, 1 or 2. `form`: how its states are
+    kept, where that is not the group's choice. `matrices`: whether it is for matrices alone; others take `other()`.
     """
 
     name: ClassVar[str] = ""
     powers: ClassVar[Mapping[str, int]] = {}
+    form: ClassVar[str | None] = None
+    matrices: ClassVar[bool] = False
+
+    def fits(self, tensor: Tensor) -> bool:
+        return not self.matrices or tensor.ndim >= 2
+
+    def other(self) -> Inner:
+        """The rule of tensors that this one is not for."""
+        raise AssertionError(self.name)
 
     def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The shapes of its states for tensors of this shape."""
         return dict.fromkeys(self.powers, shape)
 
+    def turns(self, key: str) -> bool:
+        """Whether the state's first dimension is the basis's."""
+        return True
+
     def directions(self, sites: Sequence[Site], inputs: Sequence[Tensor], group: Mapping[str, Any]) -> list[Tensor]:
-        """For each R (r, n) the direction N (r, n) of W -= lr P N; the states move on. `state["age"]` is the number of
-        this update since the states began, from 1.
+        """For each R (r, n) the direction N (r, n) of W -= lr P N, a new tensor; the states move on. `state["age"]` is
+        the number of this update since the states began, from 1.
         """
-        raise NotImplementedError(self.name)
+        raise AssertionError(self.name)
 
     def correction(self, age: int, group: Mapping[str, Any]) -> float:
         """What the directions were multiplied by, to make up for states that began at zero."""
@@ -38,3 +51,11 @@ class Inner:
     def step(self, sites: Sequence[Site], gradients: Sequence[Tensor], group: Mapping[str, Any]) -> bool:
         """Update plain tensors at once, where the rule has a quicker way than `directions`; whether it has done so."""
         return False
+
+    def check(self, sided: bool) -> None:
+        """ConfigError where it cannot work on what a basis that does not lie along a side gives."""
+        if self.matrices and not sided:
+            raise ConfigError(
+                f"inner='{self.name}' works on matrices, and basis='entries' gives single entries; take 'coordinates', "
+                "or another rule"
+            )

@@ -18,6 +18,7 @@ class Drop(Residual):
 
     name: ClassVar[str] = "drop"
     moves_alone: ClassVar[bool] = False
+    looks: ClassVar[bool] = False
 
     def move(
         self, site: Site, basis: Basis, gradient: Tensor, projected: Tensor, direction: Tensor, correction: float

@@ -14,7 +14,6 @@ Departures: the limiter starts anew from a norm of zero, where the official one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,19 +22,9 @@ from torch import Tensor
 
 from fallow.optim.bases.basis import Basis
 from fallow.optim.parts import number, one_of
-from fallow.optim.residuals.residual import Move, Residual, needs_orthonormal
+from fallow.optim.residuals.limiter import GUARD, limited
+from fallow.optim.residuals.residual import Move, Residual, needs_orthonormal, needs_side
 from fallow.optim.site import Site
-
-GUARD = 1e-8  # the paper's, beneath the norms of R
-
-
-def limited(norm: Tensor, last: Tensor, limit: float) -> Tensor:
-    """0-dim factor that keeps `norm` at most `limit` times the `last` one, which becomes what the norm then is."""
-    bound = limit * (last + GUARD)
-    free = (last < 1e-30) | (norm <= bound)  # a last norm of zero says nothing about the next
-    factor = torch.where(free, 1.0, bound / norm.clamp_min(1e-30))
-    last.copy_(norm * factor)
-    return factor
 
 
 @dataclass(frozen=True)
@@ -58,9 +47,10 @@ class Fira(Residual):
 
     def check(self, basis: Basis) -> None:
         needs_orthonormal(self, basis)
+        needs_side(self, basis)
 
-    def shapes(self, site: Site) -> Mapping[str, tuple[int, ...]]:
-        return {"norm": ()}
+    def begin(self, site: Site) -> None:
+        site.state["norm"] = torch.zeros((), dtype=site.work, device=site.param.device)
 
     def move(
         self, site: Site, basis: Basis, gradient: Tensor, projected: Tensor, direction: Tensor, correction: float

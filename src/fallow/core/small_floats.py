@@ -1,0 +1,115 @@
+"""Small floats with a scale for each block of entries: how moments of optimizers are kept in 8 or 4 bits.
+
+    M8   sign + 4 bits of exponent + 3 of mantissa      relative step 2^-3, range 2^-15 to 1 of the block's largest |x|
+    V8   5 bits of exponent + 3 of mantissa             relative step 2^-3, range 2^-31 to 1
+    M4   sign + 3 bits of exponent                      powers of two, 2^-6 to 1, and zero
+    V4   4 bits of exponent                             powers of two, 2^-14 to 1
+
+The code of x is the top of the bit pattern of the float32 x / scale, so encoding and decoding are shifts and additions
+on every device. Rounding is dithered: before the low bits are cut off, a number is added that is spread evenly over
+them, from the entry's place and the step. Over the steps the mean is then exact; and as nothing is drawn by chance, a
+resumed run goes on bit for bit. What has no sign never rounds to zero. `to_bfloat16` dithers in the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+GOLDEN = 0x9E3779B1 - (1 << 32)  # 2^32 / the golden ratio, as int32: multiples of it fill the range evenly
+SALTS = (0x14057B7E, 0x5851F42D)
+
+
+@dataclass(frozen=True)
+class Format:
+    """`linear`: values below the least one are rounded to it or to zero by their size, so that their mean is exact."""
+
+    exponent: int
+    mantissa: int
+    signed: bool
+    block: int
+    linear: bool = False
+
+    @property
+    def bits(self) -> int:
+        return self.exponent + self.mantissa + self.signed
+
+    @property
+    def cut(self) -> int:
+        """Low bits of a float32 that are cut off."""
+        return 23 - self.mantissa
+
+    @property
+    def lowest(self) -> int:
+        """Of the exponent, in units of the code."""
+        return (127 - (1 << self.exponent) + 1) << self.mantissa
+
+    @property
+    def top(self) -> float:
+        """What the largest code stands for: (2 - 2^-mantissa) * 2^0."""
+        return 2 - 2.0**-self.mantissa
+
+
+M8, V8 = Format(4, 3, True, 256), Format(5, 3, False, 256)
+M4, V4 = Format(3, 0, True, 128, linear=True), Format(4, 0, False, 128)
+
+
+def encode(x: Tensor, form: Format, step: int) -> tuple[Tensor, Tensor]:
+    """(codes uint8, scales (b,) float32) of x (k,), padded by zeros to b whole blocks; two 4-bit codes to a byte."""
+    blocks = nn.functional.pad(x, (0, -x.numel() % form.block)).view(-1, form.block)
+    size = blocks.abs() if form.signed else blocks
+    scale = size.amax(dim=1)
+    size = size * (form.top / torch.where(scale > 0, scale, 1.0)).unsqueeze(1)
+    bits, dither = size.view(torch.int32), _dither(size, form.cut, step, form.signed)
+    code = ((bits + dither) >> form.cut).sub_(form.lowest)
+    most = (1 << (form.exponent + form.mantissa)) - 1
+    if form.linear:
+        least = math.ldexp(1.0, 2 - (1 << form.exponent))
+        part = (size.clamp(max=least).mul_(2.0**form.cut / least)).int().add_(dither) >> form.cut
+        code = torch.where(size < least, part, code)
+    code = code.clamp_(0 if form.signed else 1, most)
+    if form.signed:
+        code = torch.where(blocks < 0, code + (most + 1), code)
+    found = code.to(torch.uint8).view(-1)
+    return (found if form.bits == 8 else _packed(found)), scale
+
+
+def decode(codes: Tensor, scale: Tensor, size: int, form: Format) -> Tensor:
+    """(size,) float32, what the codes stand for."""
+    code = (codes if form.bits == 8 else _unpacked(codes)).to(torch.int32).view(-1, form.block)
+    most = (1 << (form.exponent + form.mantissa)) - 1
+    magnitude = code & most if form.signed else code
+    value = ((magnitude + form.lowest) << form.cut).view(torch.float32)
+    if form.signed:
+        value = torch.where(magnitude == 0, 0.0, torch.where(code > most, -value, value))
+    return (value * (scale / form.top).unsqueeze(1)).view(-1)[:size]
+
+
+def to_bfloat16(x: Tensor, step: int, place: int = 0) -> Tensor:
+    """`x` (float32, any shape) in bfloat16, rounded up or down so that the mean over steps is x; NaNs stay.
+
+    `place`: of the first entry among all that are rounded together, so that parts of a tensor differ.
+    """
+    bits = x.contiguous().view(torch.int32)
+    moved = (bits + _dither(x, 16, step, True, place)) & ~0xFFFF
+    return torch.where(x.isfinite(), moved.view(torch.float32), x).to(torch.bfloat16)
+
+
+def _dither(like: Tensor, bits: int, step: int, signed: bool, place: int = 0) -> Tensor:
+    """Whole numbers of so many bits, spread evenly over places and steps."""
+    first = (place * GOLDEN + step * SALTS[1] + signed * SALTS[0]) % (1 << 32)
+    first -= (first >> 31) << 32  # as int32
+    places = torch.arange(like.numel(), dtype=torch.int32, device=like.device).view(like.shape)
+    return ((places.mul_(GOLDEN)).add_(first) >> 9).bitwise_and_((1 << bits) - 1)
+
+
+def _packed(codes: Tensor) -> Tensor:
+    low, high = codes.view(2, -1)
+    return low | high << 4
+
+
+def _unpacked(codes: Tensor) -> Tensor:
+    return torch.cat([codes & 15, codes >> 4])
