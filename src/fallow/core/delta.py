@@ -10,8 +10,6 @@ A method is one subclass of `Delta` in one file. It sees every weight as a matri
                                                 holds W' alone: hosts put back the W that they kept
     forward(x, y)         y' = g(x, y)          y is the layer's own output; cannot be merged
 
-and may write, for a plain Linear, `linear(x, W, bias)`, y' in one go; where `factors()` says it all, it is there.
-
 Trained tensors are `nn.Parameter`, frozen ones buffers (persistent: saved in the file; else drawn again from
 `site.generator()`). All of them are flat attributes of the Delta: no submodules. Tensors are made on the CPU, in
 torch's default dtype; the host moves them to the layer's device. `share(name, site, make)` makes one tensor for all
@@ -96,7 +94,6 @@ class Site:
         return self.seed + zlib.crc32((("" if shared else self.name) + salt).encode())
 
 
-@dataclasses.dataclass(kw_only=True)
 def refuse_not_finite(key: str, weight: Tensor) -> None:
     """ModelError where a weight holds NaN or infinite values, if they can be seen: not of coded weights."""
     if type(weight.data) is not Tensor or weight.is_meta or not weight.is_floating_point() or not weight.numel():
@@ -107,6 +104,7 @@ def refuse_not_finite(key: str, weight: Tensor) -> None:
             raise ModelError(f"the weight of '{key}' holds NaN or infinite values; mend the base or exclude it")
 
 
+@dataclasses.dataclass(kw_only=True)
 class MethodOptions:
     """What a method can be told; `check()` raises ConfigError, by name, for what it cannot take."""
 
