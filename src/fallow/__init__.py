@@ -31,9 +31,9 @@ if TYPE_CHECKING:
         SelectionError,
         TrainingError,
     )
+    from fallow.core.gradients import check_gradients
     from fallow.core.host import (
         activate,
-        check_gradients,
         detach,
         disabled,
         merge,
@@ -133,7 +133,7 @@ _HOME = {
     "TrainingError": "fallow.core.errors",
     "activate": "fallow.core.host",
     "attach": "fallow.deltas",
-    "check_gradients": "fallow.core.host",
+    "check_gradients": "fallow.core.gradients",
     "condition": "fallow.core.accompany",
     "config_of": "fallow.core.peft_host",
     "detach": "fallow.core.host",

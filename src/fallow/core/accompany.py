@@ -11,7 +11,7 @@ unscaling and clipping, once per step whatever the accumulation; thus any Traine
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, Literal, get_args
@@ -23,9 +23,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from fallow.core import schedule
 from fallow.core.delta import Delta, one_of
 from fallow.core.errors import ConfigError
+from fallow.core.weakly import Weakly
 
 Penalty = Literal["step", "manual"]
-_PENALISED: list[weakref.ref[Delta]] = []
+_PENALISED: weakref.WeakSet[EachStep] = weakref.WeakSet()
 
 
 def context_of(model: nn.Module) -> dict[str, Any]:
@@ -54,12 +55,25 @@ def condition(model: nn.Module, **values: Any) -> Iterator[None]:
 
 
 class EachStep:
-    """Calls `on_step` of Deltas; to `fallow.step`, `fallow.Callback` and checkpoints it is a Schedule."""
+    """Calls `on_step` of an adapter's Deltas; to `fallow.step`, `fallow.Callback` and checkpoints it is a Schedule.
 
-    def __init__(self, deltas: Iterable[Delta]) -> None:
-        self.deltas = [weakref.ref(delta) for delta in deltas]
+    `penalised`: those whose `loss()` is added before an optimizer's step. Copies of the Deltas have one of their own.
+    """
+
+    def __init__(self, stepping: Mapping[str, Delta], penalised: Mapping[str, Delta]) -> None:
+        self.stepping, self.penalised = Weakly(stepping), Weakly(penalised)
         self.steps = 0
         self.total: int | None = None
+        self._begin(bool(penalised))
+
+    def _begin(self, penalises: bool) -> None:
+        if penalises:
+            _PENALISED.add(self)
+            _hook_all_optimizers()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin(next(self.penalised.items(), None) is not None)
 
     def resolve(self, total: int) -> None:
         self.total = total
@@ -70,7 +84,7 @@ class EachStep:
     def advance(self) -> bool:
         """Whether any Delta was there to be told."""
         self.steps += 1
-        present = [delta for ref in self.deltas if (delta := ref()) is not None and trained(delta)]
+        present = [delta for delta in self.stepping.values() if trained(delta)]
         for delta in present:
             delta.on_step(self.steps, self.total)
         return bool(present)
@@ -80,15 +94,17 @@ def trained(delta: Delta) -> bool:
     return any(param.requires_grad for param in delta.all_parameters())
 
 
-def accompany(model: nn.Module, deltas: Iterable[Delta], own_loss: Penalty = "step") -> None:
-    """Let these Deltas, just made for `model`, have their steps and their penalty. ConfigError for another word."""
+def accompany(deltas: Mapping[str, Delta], own_loss: Penalty = "step") -> None:
+    """Let an adapter's Deltas, by the names of their weights, have their steps and their penalty.
+
+    ConfigError for another word.
+    """
     one_of("own_loss", own_loss, get_args(Penalty))
-    deltas = list(deltas)
-    if stepping := [delta for delta in deltas if type(delta).on_step is not Delta.on_step]:
-        schedule.attach(model, EachStep(stepping))
-    if own_loss == "step" and (penalised := [delta for delta in deltas if type(delta).loss is not Delta.loss]):
-        _PENALISED.extend(weakref.ref(delta) for delta in penalised)
-        _hook_all_optimizers()
+    stepping = {name: delta for name, delta in deltas.items() if type(delta).on_step is not Delta.on_step}
+    penalised = {name: delta for name, delta in deltas.items() if type(delta).loss is not Delta.loss}
+    penalised = penalised if own_loss == "step" else {}
+    if stepping or penalised:
+        schedule.carry(next(iter(deltas.values())), EachStep(stepping, penalised))
 
 
 def penalty(model: nn.Module) -> Tensor:
@@ -111,9 +127,8 @@ def _hook_all_optimizers() -> None:
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    _PENALISED[:] = [ref for ref in _PENALISED if ref() is not None]
     held = {id(param) for group in optimizer.param_groups for param in group["params"] if param.grad is not None}
-    deltas = [delta for ref in _PENALISED if (delta := ref()) is not None]
+    deltas = [delta for each in list(_PENALISED) for delta in each.penalised.values()]
     deltas = [delta for delta in deltas if any(id(param) in held for param in delta.all_parameters())]
     if not deltas:
         return

@@ -91,11 +91,20 @@ class Attached(Protocol):
 
 
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, list[Attached]] = weakref.WeakKeyDictionary()
+CARRIED = "_fallow_schedules"  # in the dictionary of a module
 
 
 def attach(model: nn.Module, schedule: Attached) -> None:
-    """Let `step(model)` advance this schedule."""
+    """Let `step(model)` advance this schedule. It is this model's alone: a copy has none."""
     _ATTACHED.setdefault(model, []).append(schedule)
+
+
+def carry(part: nn.Module, schedule: Attached) -> None:
+    """Let `step(model)` of every model that holds this part advance the schedule, which goes where the part goes.
+
+    A copy of the part has a copy of the schedule, which must therefore be one that can be copied and pickled.
+    """
+    part.__dict__.setdefault(CARRIED, []).append(schedule)
 
 
 def step(model: nn.Module) -> int:
@@ -103,23 +112,27 @@ def step(model: nn.Module) -> int:
 
     Call it after `optimizer.step()` in a bare loop. SaRA and the other selective optimizers need no such call.
     """
-    return sum(schedule.advance() for schedule in _attached(model))
+    return sum(schedule.advance() for schedule in attached(model))
 
 
 def resolve(model: nn.Module, total: int) -> None:
     """Tell everything attached to the model how many steps the run has."""
-    for schedule in _attached(model):
+    for schedule in attached(model):
         schedule.resolve(total)
 
 
 def resume(model: nn.Module, steps: int) -> None:
     """Tell everything attached to the model how many steps were made before; nothing is done for these again."""
-    for schedule in _attached(model):
+    for schedule in attached(model):
         schedule.steps = steps
 
 
-def _attached(model: nn.Module) -> list[Attached]:
-    """What is attached to the model, or to the one inside that PEFT, DDP or torch.compile has wrapped."""
-    if not _ATTACHED:
-        return []
-    return [schedule for module in model.modules() for schedule in _ATTACHED.get(module, ())]
+def attached(model: nn.Module) -> list[Attached]:
+    """What is attached to the model, or to the one inside that PEFT, DDP or torch.compile has wrapped, or is carried
+    by a part of it.
+    """
+    found: list[Attached] = []
+    for module in model.modules():
+        found += _ATTACHED.get(module, ())
+        found += module.__dict__.get(CARRIED, ())
+    return found

@@ -86,11 +86,11 @@ class EntriesConfig(FallowConfig):
                     f"the adapter trains '{min(missing)}', which {type(model).__name__} lacks or target_modules leave "
                     "out; give the base that it was trained on"
                 )
-        if not self.inference_mode:
-            self.attach(model, {site.key: site for site in sites if site.key in made}, made)
+        if made and not self.inference_mode:
+            self.attach({site.key: site for site in sites if site.key in made}, made)
         return dict(made)
 
-    def attach(self, model: nn.Module, sites: Mapping[str, Site], made: Mapping[str, Entries]) -> None:
+    def attach(self, sites: Mapping[str, Site], made: Mapping[str, Entries]) -> None:
         """Whatever accompanies training."""
 
     def describing(self, deltas: Mapping[str, nn.Module]) -> EntriesConfig:
@@ -146,13 +146,13 @@ class SaRAConfig(EntriesConfig):
             self.rank_min_selected, self.rank_convs, self.seed,
         )  # fmt: skip
 
-    def attach(self, model: nn.Module, sites: Mapping[str, Site], made: Mapping[str, Entries]) -> None:
+    def attach(self, sites: Mapping[str, Site], made: Mapping[str, Entries]) -> None:
         if self.rank_weight:
             add_penalty(self._penalty(), sites, made)
         if self.reselects:
             assert self.made is not None
             schedule = Schedule(self.reselect_at, total=self.total_steps, name="reselect_at")
-            reselect_later(model, schedule, list(made.values()), float(self.made["threshold"]))
+            reselect_later(schedule, made, float(self.made["threshold"]))
 
 
 @host

@@ -10,7 +10,7 @@ gradient is masked, and what momentum or weight decay still moves is put back be
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, cast
 
@@ -21,10 +21,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from fallow.core import schedule
 from fallow.core.compact import Slot
 from fallow.core.peft_host import Site
+from fallow.core.weakly import Weakly
 from fallow.objectives.nuclear import NuclearNorm
 from fallow.selection.peft_entries import Entries, precision
 
-_TERMS: list[_Term] = []
+_TERMS: weakref.WeakSet[_Term] = weakref.WeakSet()
 
 
 class _Part:
@@ -61,13 +62,23 @@ class _Part:
 
 
 class _Term:
-    def __init__(self, penalty: NuclearNorm, held: Sequence[tuple[nn.Parameter, Entries]]) -> None:
-        self.penalty = penalty
-        self.held = [(weakref.ref(weight), weakref.ref(entries)) for weight, entries in held]
+    """Carried by the first of its entries, so that a copy of them has one of its own."""
+
+    def __init__(self, penalty: NuclearNorm, weights: Mapping[str, nn.Parameter], made: Mapping[str, Entries]) -> None:
+        self.penalty, self.weights, self.entries = penalty, Weakly(weights), Weakly(made)
+        self._begin()
+
+    def _begin(self) -> None:
+        _hook_all_optimizers()
+        _TERMS.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
 
     def parts(self) -> list[_Part]:
-        pairs = [(weight(), entries()) for weight, entries in self.held]
-        return [_Part(weight, entries) for weight, entries in pairs if weight is not None and entries is not None]
+        weights = dict(self.weights.items())
+        return [_Part(weights[key], entries) for key, entries in self.entries.items() if key in weights]
 
     def add(self, optimizer: torch.optim.Optimizer) -> None:
         trained = {id(param) for group in optimizer.param_groups for param in group["params"]}
@@ -87,10 +98,9 @@ class _Term:
 
 def add_penalty(penalty: NuclearNorm, sites: Mapping[str, Site], made: Mapping[str, Entries]) -> None:
     """Add the term to the gradients of these entries before each step of whatever torch optimizer trains them."""
-    term = _Term(penalty, [(site.weight, made[key]) for key, site in sites.items()])
+    term = _Term(penalty, {key: site.weight for key, site in sites.items()}, made)
     penalty.check(cast(list[Slot], term.parts()))
-    _hook_all_optimizers()
-    _TERMS.append(term)
+    next(iter(made.values())).__dict__["term"] = term
 
 
 @cache
@@ -100,22 +110,22 @@ def _hook_all_optimizers() -> None:
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for term in list(_TERMS):
-        if any(entries() is not None for _, entries in term.held):
-            term.add(optimizer)
-        else:
-            _TERMS.remove(term)
+        term.add(optimizer)
 
 
-def reselect_later(model: nn.Module, plan: schedule.Schedule, made: Sequence[Entries], threshold: float) -> None:
-    """Let `fallow.step(model)` freeze, at the planned steps, the entries that are no longer below the threshold."""
-    held = [weakref.ref(entries) for entries in made]
+class _Reselection:
+    def __init__(self, made: Mapping[str, Entries], threshold: float) -> None:
+        self.entries, self.threshold = Weakly(made), threshold
 
-    def reselect(step: int) -> None:
-        present = [entries for ref in held if (entries := ref()) is not None and entries.values.requires_grad]
-        kept = [(e.first.to(e.values.dtype) + e.change()).abs() < threshold for e in present]
+    def __call__(self, step: int) -> None:
+        present = [entries for entries in self.entries.values() if entries.values.requires_grad]
+        kept = [(e.first.to(e.values.dtype) + e.change()).abs() < self.threshold for e in present]
         if any(bool((cast(Tensor, entries.live) & mask).any()) for entries, mask in zip(present, kept, strict=True)):
             for entries, mask in zip(present, kept, strict=True):
                 entries.freeze(mask)
 
-    plan.action = reselect
-    schedule.attach(model, plan)
+
+def reselect_later(plan: schedule.Schedule, made: Mapping[str, Entries], threshold: float) -> None:
+    """Let `fallow.step(model)` freeze, at the planned steps, the entries that are no longer below the threshold."""
+    plan.action = _Reselection(made, threshold)
+    schedule.carry(next(iter(made.values())), plan)

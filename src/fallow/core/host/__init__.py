@@ -10,9 +10,9 @@ and `detach` leaves the model as it was. Methods cannot tell this host from PEFT
 """
 
 from fallow.core.accompany import condition, penalty
+from fallow.core.gradients import check_gradients
 from fallow.core.host.adapters import activate, attach, detach, disabled, mixed, set_scale
 from fallow.core.host.files import load, save
-from fallow.core.host.gradients import check_gradients
 from fallow.core.host.merging import merge, unmerge
 
 __all__ = [

@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fallow.core import schedule
 from fallow.core.accompany import Penalty
 from fallow.core.delta import Delta, method_of
 from fallow.core.errors import ConfigError, nearest
-from fallow.core.host.gradients import FirstStep
 from fallow.core.host.holder import (
     needed,
     prepare,
@@ -49,8 +47,8 @@ def attach(
     whole names. A Parameter that its module reads itself has its own path: "encoder.attention.in_proj_weight".
     `exclude`: of these, in the same way. `patterns`: {regular expression: {option: value}}, for layers that differ.
     `seed`: of frozen random tensors; trained ones start from torch's global generator. `own_loss`: see
-    `fallow.core.accompany`. `expect_gradients`: whether the first `fallow.step(model)` refuses an adapted weight that
-    has no gradient.
+    `fallow.core.accompany`. `expect_gradients`: whether the first optimizer step refuses adapted weights that have no
+    gradient; see `fallow.core.gradients`.
 
     The first adapter freezes what the model has. A weight that several modules share is adapted once, in all of them.
     ConfigError, ModelError for what cannot be; the model is then as it was.
@@ -59,17 +57,15 @@ def attach(
     spec = spec_of(kind, options, seed, own_loss)
     every = spots(model)
     planned = with_patterns(choose(model, every, kind, targets, exclude), options, patterns)
-    install(model, prepare(model, kind, planned, every, name, spec), every)
-    finish(model, name, expect_gradients)
+    install(model, prepare(model, kind, planned, every, name, spec), every, expect_gradients)
+    finish(model, name)
     return model
 
 
-def finish(model: nn.Module, name: str, expect_gradients: bool = True) -> None:
+def finish(model: nn.Module, name: str) -> None:
     """What is left to do once an adapter is in: it is the active one, and nothing passes its layers by."""
     take_slow_path(model)
     activate(model, name)
-    if expect_gradients:
-        schedule.attach(model, FirstStep(model))
 
 
 def detach(model: nn.Module, *names: str) -> nn.Module:

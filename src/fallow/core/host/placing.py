@@ -9,13 +9,14 @@ from torch import nn
 
 from fallow.core.accompany import accompany
 from fallow.core.delta import Delta
+from fallow.core.gradients import watch
 from fallow.core.host.holder import Prepared, Shared, root_of
 from fallow.core.host.layer import Adapted, AdaptedReader, Adapters, adapted
 from fallow.core.host.targets import Spot
 from fallow.core.host.tied import Tied
 
 
-def install(model: nn.Module, made: Prepared, every: Sequence[Spot]) -> list[Delta]:
+def install(model: nn.Module, made: Prepared, every: Sequence[Spot], expect_gradients: bool = True) -> list[Delta]:
     """Put a prepared adapter into the model, inactive."""
     found = root_of(model)
     if found is None:
@@ -35,7 +36,9 @@ def install(model: nn.Module, made: Prepared, every: Sequence[Spot]) -> list[Del
     shared[made.name] = made.common
     shared.show(model)
     deltas = [delta for _, delta in made.deltas]
-    accompany(model, deltas, made.spec.own_loss)
+    by_key = {spot.key: delta for spot, delta in made.deltas}
+    accompany(by_key, made.spec.own_loss)
+    watch(by_key, expect_gradients)
     return deltas
 
 

@@ -139,8 +139,9 @@ class FallowConfig(PeftConfig, metaclass=_ByMethod):
     `target_modules`: names of modules (or their last parts), a regular expression that must match whole names,
     "all-linear", or "all-layers" (every Linear, convolution, embedding and attention block). `exclude_modules`,
     `layers_to_transform`, `layers_pattern`, `modules_to_save`: as in PEFT. `seed`: of what is drawn. `check_base`:
-    refuse to load onto another base than the one trained on. `made`: filled in when an adapter is made, so that loading
-    repeats no choice; None chooses anew.
+    refuse to load onto another base than the one trained on. `expect_gradients`: whether the first optimizer step
+    refuses adapted weights that have no gradient; see `fallow.core.gradients`. `made`: filled in when an adapter is
+    made, so that loading repeats no choice; None chooses anew.
     """
 
     method: str = ""
@@ -151,6 +152,7 @@ class FallowConfig(PeftConfig, metaclass=_ByMethod):
     modules_to_save: list[str] | None = None
     seed: int = 0
     check_base: bool = True
+    expect_gradients: bool = True
     made: dict[str, Any] | None = None
     in_place: ClassVar[bool] = True  # whether it writes into base weights, which must then be plain tensors
 
@@ -165,8 +167,6 @@ class FallowConfig(PeftConfig, metaclass=_ByMethod):
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ConfigError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform=")
 
-    def make(self, model: nn.Module, sites: Sequence[Site]) -> Mapping[str, nn.Module]:
-        """{site.key: Hosted or Delta} of an adapter, made in one pass over all sites; sets `made`. Some may be left."""
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """PEFT's own. AdapterError where the tensors beside a local config cannot be read."""
@@ -176,6 +176,8 @@ class FallowConfig(PeftConfig, metaclass=_ByMethod):
                 pass
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
+    def make(self, model: nn.Module, sites: Sequence[Site]) -> Mapping[str, nn.Module]:
+        """{site.key: Hosted or Delta} of an adapter, made in one pass over all sites; sets `made`. Some may be left."""
         raise ConfigError(f"{type(self).__name__} is of no method; give e.g. fallow.SaRAConfig")
 
     def describing(self, deltas: Mapping[str, nn.Module]) -> FallowConfig:

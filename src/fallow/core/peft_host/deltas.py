@@ -13,14 +13,14 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from fallow.core.accompany import Penalty, accompany
 from fallow.core.delta import REGISTRY, Delta, MethodOptions, Site, make_options, one_of, refuse_not_finite
-from fallow.core.errors import AdapterError, ConfigError
+from fallow.core.errors import AdapterError, ConfigError, nearest
 from fallow.core.files import fingerprint, matches
 from fallow.core.fused import Fused
 from fallow.core.layouts import layout
@@ -69,6 +69,9 @@ class DeltaConfig(FallowConfig):
         for extra in self.patterns.values():
             make_options(self.delta, {**self._given(), **extra})
 
+    def __reduce__(self) -> Any:  # the class is made from the method, so it is found by its name
+        return _unfilled, (self.method,), self.__dict__
+
     def _short(self) -> list[tuple[str, Mapping[str, Any]]]:
         return [("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)]
 
@@ -113,7 +116,7 @@ class DeltaConfig(FallowConfig):
             if not self.init_weights:
                 delta.randomize()
             made[site.key] = moved(delta, place.device)
-        accompany(model, [d for d in made.values() if isinstance(d, Delta)], self.own_loss)
+        accompany({key: delta for key, delta in made.items() if isinstance(delta, Delta)}, self.own_loss)
         return made
 
     def _check_base(self, model: nn.Module, sites: Sequence[contract.Site]) -> None:
@@ -139,6 +142,14 @@ class DeltaConfig(FallowConfig):
                 "force it: config = PeftConfig.from_pretrained(path); config.check_base = False; "
                 "PeftModel.from_pretrained(model, path, config=config)"
             )
+
+
+def _unfilled(method: str) -> DeltaConfig:
+    """A config of this method without any field, for copies. AdapterError where this Fallow lacks the method."""
+    if method not in METHODS:
+        raise AdapterError(f"method={method!r} is not hosted by this Fallow{nearest(method, METHODS)}; update Fallow")
+    kind = cast("type[DeltaConfig]", METHODS[method])
+    return kind.__new__(kind)
 
 
 def moved(module: nn.Module, device: torch.device) -> nn.Module:

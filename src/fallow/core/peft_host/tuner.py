@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from fallow.core.accompany import context_of
 from fallow.core.delta import Delta, number, one_of, whole
 from fallow.core.errors import AdapterError, ConfigError, ModelError, nearest
+from fallow.core.gradients import watch
 from fallow.core.peft_host.contract import PEFT_TYPE, FallowConfig, Hosted, Site
 from fallow.core.peft_host.deltas import describe
 from fallow.core.peft_host.layer import LINEAR, PREFIX, FallowLayer, FallowLinear, Holder, ParamWrapper
 from fallow.core.peft_host.shared import SHARED, Shared
-from fallow.core.peft_host.weighted import DENSE, Combination, combined
 from fallow.core.peft_host.taking_back import PLACE, Loading, check_tensors, refuse_foreign, waiting
+from fallow.core.peft_host.weighted import DENSE, Combination, combined
 from fallow.core.select import WRITABLE
 from fallow.core.views import view_of
 
@@ -56,15 +57,16 @@ class FallowModel(BaseTuner):
             trained = adapter_name in self.active_adapters and not config.inference_mode
             for key, delta in deltas.items():
                 self._targets[key].add(adapter_name, delta, trained)
+            watch(deltas, cast(FallowConfig, config).expect_gradients)
             if deltas:
                 Shared.put(model, adapter_name, common, trained, next(iter(sites)).layer)
         except Exception:  # whatever it was, the model is put back as it was and the error goes on
             self._loading.undo()
             raise
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         if of_a_file:
             model.__dict__[PLACE] = self._loading
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Deltas are made in float32; `autocast_adapter_dtype=False` asks for the base's dtype instead."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if autocast_adapter_dtype:
