@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from fallow.core.accompany import context_of
 from fallow.core.delta import Delta, number, one_of, whole
 from fallow.core.errors import AdapterError, ConfigError, ModelError, nearest
-from fallow.core.gradients import watch
 from fallow.core.peft_host.contract import PEFT_TYPE, FallowConfig, Hosted, Site
 from fallow.core.peft_host.deltas import describe
 from fallow.core.peft_host.layer import LINEAR, PREFIX, FallowLayer, FallowLinear, Holder, ParamWrapper
@@ -57,7 +56,6 @@ class FallowModel(BaseTuner):
             trained = adapter_name in self.active_adapters and not config.inference_mode
             for key, delta in deltas.items():
                 self._targets[key].add(adapter_name, delta, trained)
-            watch(deltas, cast(FallowConfig, config).expect_gradients)
             if deltas:
                 Shared.put(model, adapter_name, common, trained, next(iter(sites)).layer)
         except Exception:  # whatever it was, the model is put back as it was and the error goes on
