@@ -278,6 +278,7 @@ def test_a_width_without_factors_is_told_and_its_transform_is_dense() -> None:
         ({"alpha": 0.0}, "alpha=0.0"),
         ({"scaling": "none"}, "scaling='none'"),
         ({"order": 0}, "order=0"),
+        ({"order": 1_000_000}, "order=1000000"),
         ({"start": "uv"}, "start='uv'"),
         ({"penalty": -1.0}, "penalty=-1.0"),
         ({"transform_rank": 0, "residual": "none"}, "changes nothing"),

@@ -255,6 +255,7 @@ def test_the_compiled_layer_is_the_layer() -> None:
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"bands": (1, 1, 1, 1)}, "needs variant='weight'"),
         ({"bands": (1, 1), "variant": "weight"}, "needs variant='weight' and the ranks of LL, LH, HL, HH"),
+        ({"bands": 4, "variant": "weight"}, "bands=4 needs variant='weight' and the ranks of LL, LH, HL, HH"),
         ({"bands": (1, 1, 1, -1), "variant": "weight"}, "bands=-1"),
         ({"bands": (0, 0, 0, 0), "variant": "weight"}, "without any rank"),
         ({"tiny": "half"}, "tiny='half'"),

@@ -146,6 +146,7 @@ def test_the_compiled_layer_is_the_layer() -> None:
         ("dropout", 1.0),
         ("grid", (3,)),
         ("grid", (3, 0)),
+        ("grid", 4),
         ("prefix", -1),
         ("adapt_prefix", 2),
         ("phi", "relu"),

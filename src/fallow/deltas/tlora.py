@@ -68,7 +68,7 @@ class TLoRA(Delta):
             one_of("residual", self.residual, ("lora", "tr", "ttm", "none"))
             number("alpha", self.alpha, open_below=True)
             one_of("scaling", self.scaling, ("rslora", "standard"))
-            whole("order", self.order)
+            whole("order", self.order, most=16)
             one_of("start", self.start, (None, "paper", "bonds", "noise"))
             number("penalty", self.penalty)
             if not self.transform_rank and self.residual == "none":

@@ -73,9 +73,10 @@ class WaRA(Delta):
             number("dropout", self.dropout, 0.0, 0.99)
             one_of("tiny", self.tiny, (None, "full", "diag"))
             if self.bands is not None:
-                self.bands = tuple(self.bands)
-                if self.variant != "weight" or len(self.bands) != 4:
+                known = isinstance(self.bands, list | tuple) and len(self.bands) == 4
+                if self.variant != "weight" or not known:
                     raise ConfigError(f"bands={self.bands!r} needs variant='weight' and the ranks of LL, LH, HL, HH")
+                self.bands = tuple(self.bands)
                 for band in self.bands:
                     whole("bands", band, 0)
                 if not any(self.bands if self.levels == 1 else self.bands[1:]):

@@ -54,9 +54,9 @@ class WaRASpatial(Delta):
                 number("alpha", self.alpha, open_below=True)
             number("dropout", self.dropout, 0.0, 0.99)
             if self.grid is not None:
-                self.grid = tuple(self.grid)
-                if len(self.grid) != 2:
+                if not isinstance(self.grid, list | tuple) or len(self.grid) != 2:
                     raise ConfigError(f"grid={self.grid!r} must be the rows and the columns of the tokens")
+                self.grid = tuple(self.grid)
                 for side in self.grid:
                     whole("grid", side)
             whole("prefix", self.prefix, 0)
