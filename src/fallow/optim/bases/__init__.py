@@ -5,7 +5,9 @@ from fallow.optim.bases.coordinates import Block, Coordinates, Entries
 from fallow.optim.bases.cosine import Cosine
 from fallow.optim.bases.decomposed import SVD, Gram, Randomised, Warm
 from fallow.optim.bases.random import Gaussian, Random
+from fallow.optim.bases.two_sided import TwoSided
 
 BASES: dict[str, type[Basis]] = {
-    kind.name: kind for kind in (SVD, Randomised, Warm, Gram, Cosine, Random, Gaussian, Coordinates, Entries, Block)
+    kind.name: kind
+    for kind in (SVD, Randomised, Warm, Gram, Cosine, Random, Gaussian, Coordinates, Entries, Block, TwoSided)
 }
