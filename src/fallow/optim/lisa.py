@@ -185,7 +185,7 @@ class LISA:
         found: dict[str, Any] = held.get(param, {})
         return found
 
-    # -- resuming: all that is to be known goes with the optimizer's state -----------------------------------------------------------------------------------------------------
+    # -- resuming: all that is to be known goes with the optimizer's state --------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """The steps made and the blocks in training; plain values. `optimizer.state_dict()` holds it under "lisa"."""
