@@ -17,6 +17,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "docs")]
 
+from capability_page import capability_page  # noqa: E402
 from method_pages import method_page, title  # noqa: E402
 
 from fallow import catalogue  # noqa: E402
@@ -27,7 +28,8 @@ def on_config(config: Any) -> Any:
     ready = [card for card in catalogue.methods() if card.ready]
     for entry in config["nav"]:
         if isinstance(entry, dict) and "Methods" in entry:
-            entry["Methods"] = ["methods/index.md", *({title(card): f"methods/{card.slug}.md"} for card in ready)]
+            pages = ["methods/index.md", {"Capabilities": "methods/capabilities.md"}]
+            entry["Methods"] = [*pages, *({title(card): f"methods/{card.slug}.md"} for card in ready)]
     return config
 
 
@@ -35,6 +37,7 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the pages that have no file."""
     pages = {
         "methods/index.md": overview(),
+        "methods/capabilities.md": capability_page(),
         "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
         "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
     }

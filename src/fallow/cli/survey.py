@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from fallow.cli import show
+from fallow.cli import abilities, show
 
 MARKS = {
     "ok": Text("ok", style="green"),
@@ -162,14 +162,20 @@ def show_memory(estimates: list[Any], title: str) -> None:
 
 def methods(
     slug: Annotated[str | None, typer.Argument(help="A method, to see its card in full.")] = None,
+    can: Annotated[
+        bool, typer.Option("--capabilities", help="What each method can do, as it was found by doing it.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else on stdout.")] = False,
 ) -> None:
-    """List the methods of the catalogue, or show one of them in full."""
+    """List the methods of the catalogue, or show one of them in full, with what it can do."""
     from fallow import catalogue
 
     found = catalogue.methods() if slug is None else [catalogue.card(slug)]
     if json:
-        show.result(found[0].as_dict() if slug else [card.as_dict() for card in found])
+        told = [card.as_dict() | {"capabilities": abilities.as_dict(card.slug)} for card in found]
+        show.result(told[0] if slug else told)
+    elif can:
+        abilities.show_these([card.slug for card in found])
     elif slug:
         show_card(found[0])
     else:
@@ -190,6 +196,7 @@ def show_cards(cards: list[Any]) -> None:
     show.table("", ["method", "", "idea", "what it does"], rows)
     ready = sum(card.ready for card in cards)
     show.console().print(f"{ready} of {len(cards)} are ready. `fallow methods SLUG` shows one in full.", style="dim")
+    show.console().print("`fallow methods --capabilities` shows what each can do.", style="dim")
 
 
 def show_card(card: Any) -> None:
@@ -214,6 +221,7 @@ def show_card(card: Any) -> None:
     for name in ("equation", "when", "cost", "found"):
         if text := getattr(card, name):
             show.text({"when": "when to use it", "found": "what we measured"}.get(name, name), text)
+    abilities.show_one(card.slug)
 
 
 def uses(card: Any) -> list[tuple[str, str]]:
