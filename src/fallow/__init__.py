@@ -48,6 +48,20 @@ if TYPE_CHECKING:
     from fallow.core.sparse import Adapters, SparseDelta
     from fallow.core.trainer import Callback
     from fallow.deltas import attach, load
+    from fallow.optim.allora import ALLoRA
+    from fallow.optim.apollo import APOLLO, APOLLOMini
+    from fallow.optim.dct_adamw import DCTAdamW
+    from fallow.optim.fira import Fira
+    from fallow.optim.frugal import FRUGAL
+    from fallow.optim.galore import GaLore
+    from fallow.optim.ggpo import GGPO
+    from fallow.optim.lisa import LISA
+    from fallow.optim.lora_plus import LoRAPlus
+    from fallow.optim.lora_pro import LoRAPro
+    from fallow.optim.lowrank import LowRank
+    from fallow.optim.q_galore import QGaLore
+    from fallow.optim.riemannian import Riemannian
+    from fallow.optim.trion import Trion
     from fallow.recipes.adapter_files import save_adapter
     from fallow.recipes.formats.from_peft import from_peft
     from fallow.recipes.formats.plain_lora import to_lora
@@ -63,19 +77,33 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "APOLLO",
+    "FRUGAL",
+    "GGPO",
+    "LISA",
     "LTSFT",
+    "ALLoRA",
+    "APOLLOMini",
     "AdapterError",
     "Adapters",
     "Callback",
     "Card",
     "ConfigError",
+    "DCTAdamW",
     "DataError",
     "Delta",
     "FallowError",
+    "Fira",
+    "GaLore",
     "Largest",
+    "LoRAPlus",
+    "LoRAPro",
+    "LowRank",
     "MethodOptions",
     "ModelError",
+    "QGaLore",
     "Random",
+    "Riemannian",
     "SHiRA",
     "SHiRAConfig",
     "SaRA",
@@ -84,6 +112,7 @@ __all__ = [
     "Selective",
     "SparseDelta",
     "TrainingError",
+    "Trion",
     "activate",
     "attach",
     "check_gradients",
@@ -110,19 +139,33 @@ __all__ = [
 ]
 
 _HOME = {
+    "ALLoRA": "fallow.optim.allora",
+    "APOLLO": "fallow.optim.apollo",
+    "APOLLOMini": "fallow.optim.apollo",
     "AdapterError": "fallow.core.errors",
     "Adapters": "fallow.core.sparse",
     "Callback": "fallow.core.trainer",
     "Card": "fallow.catalogue",
     "ConfigError": "fallow.core.errors",
+    "DCTAdamW": "fallow.optim.dct_adamw",
     "DataError": "fallow.core.errors",
     "Delta": "fallow.core.delta",
+    "FRUGAL": "fallow.optim.frugal",
     "FallowError": "fallow.core.errors",
+    "Fira": "fallow.optim.fira",
+    "GGPO": "fallow.optim.ggpo",
+    "GaLore": "fallow.optim.galore",
+    "LISA": "fallow.optim.lisa",
     "LTSFT": "fallow.selection.lt_sft",
     "Largest": "fallow.selection.largest",
+    "LoRAPlus": "fallow.optim.lora_plus",
+    "LoRAPro": "fallow.optim.lora_pro",
+    "LowRank": "fallow.optim.lowrank",
     "MethodOptions": "fallow.core.delta",
     "ModelError": "fallow.core.errors",
+    "QGaLore": "fallow.optim.q_galore",
     "Random": "fallow.selection.random",
+    "Riemannian": "fallow.optim.riemannian",
     "SHiRA": "fallow.selection.shira",
     "SHiRAConfig": "fallow.selection.peft_config",
     "SaRA": "fallow.selection.sara",
@@ -131,6 +174,7 @@ _HOME = {
     "Selective": "fallow.selection.selective",
     "SparseDelta": "fallow.core.sparse",
     "TrainingError": "fallow.core.errors",
+    "Trion": "fallow.optim.trion",
     "activate": "fallow.core.host",
     "attach": "fallow.deltas",
     "check_gradients": "fallow.core.gradients",

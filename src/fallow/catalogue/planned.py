@@ -6,8 +6,6 @@ from fallow.catalogue.entry import Idea
 
 # slug, title, arXiv id, idea, purpose
 PLANNED: tuple[tuple[str, str, str, Idea, str], ...] = (
-    ("allora", "ALLoRA: Adaptive Learning Rate Mitigates LoRA Fatal Flaws", "2410.09692", "update rule",
-     "LoRA for short runs on little data: a step size for each row in place of dropout and scaling"),
     ("ba-lora", "BA-LoRA: Bias-Alleviating Low-Rank Adaptation to Mitigate Catastrophic Inheritance in Large Language "
      "Models", "2408.04556", "objective",
      "three penalties that keep LoRA from amplifying noise and imbalance"),
@@ -20,20 +18,12 @@ PLANNED: tuple[tuple[str, str, str, Idea, str], ...] = (
     ("corda", "CorDA: Context-Oriented Decomposition Adaptation of Large Language Models for Task-Aware "
      "Parameter-Efficient Fine-tuning", "2406.05223", "start and budget",
      "a start from weights seen through their inputs: keep knowledge, or learn the task first"),
-    ("dct-adamw", "Trion: FFT-based Dynamic Subspace Selection for Low-Rank Adaptive Optimization of LLMs",
-     "2505.17967", "update rule", "low-rank optimizer states in a fixed cosine basis: no SVD, no stored projector"),
     ("diffora", "DiffoRA: Enabling Parameter-Efficient LLM Fine-Tuning via Differential Low-Rank Matrix Adaptation",
      "2502.08905", "start and budget", "a differentiable search for the modules that deserve an adapter"),
     ("eva", "Parameter Efficient Fine-tuning via Explained Variance Adaptation", "2410.07170", "start and budget",
      "LoRA starts on the directions in which a layer's inputs vary most, and rank follows them"),
     ("fedsvd", "FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA", "2505.12805",
      "federated", "LoRA among several data owners under differential privacy"),
-    ("fira", "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?", "2410.01623",
-     "update rule", "full-rank updates at the memory of low-rank states"),
-    ("frugal", "FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for Scalable Training", "2411.07837",
-     "update rule", "a share of the gradient gets Adam's states, the rest a rule without any"),
-    ("galore", "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", "2403.03507", "update rule",
-     "Adam's moments of a low-rank projection of each gradient"),
     ("graco", "GraCo: Granularity-Controllable Interactive Segmentation", "2405.00587", "recipe",
      "a granularity input for click-based segmentation, without part labels"),
     ("gradnormlorp", "Gradient Weight-normalized Low-rank Projection for Efficient LLM Training", "2412.19616",
@@ -44,21 +34,14 @@ PLANNED: tuple[tuple[str, str, str, Idea, str], ...] = (
      "2308.12043", "start and budget", "every module starts at rank 1 and grows where it matters"),
     ("intruder-dimensions", "LoRA vs Full Fine-tuning: An Illusion of Equivalence", "2410.21228", "analysis",
      "finds the new leading directions that mark forgetting, and scales them down"),
-    ("lisa", "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning",
-     "2403.17919", "update rule", "a few random blocks are trained at a time, changed every so many steps"),
     ("loku", "Towards Robust and Parameter-Efficient Knowledge Unlearning for LLMs", "2408.06621", "objective",
      "forgets a given set with a bounded loss, from a start that points at it"),
     ("lora-ga", "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", "2407.05000", "start and budget",
      "LoRA starts so that its first update points along the full gradient"),
-    ("lora-ggpo", "LoRA-MGPO: Mitigating Double Descent in Low-Rank Adaptation via Momentum-Guided Perturbation "
-     "Optimization (first: LoRA-GGPO)", "2502.14538", "update rule",
-     "gradients at slightly perturbed weights, to prefer flat regions"),
     ("lora-lego", "Merging LoRAs like Playing LEGO: Pushing the Modularity of LoRA to Extremes Through Rank-Wise "
      "Clustering", "2409.16167", "compose", "many LoRAs into one of a chosen rank, without data"),
     ("lora-limits", "Computational Limits of Low-Rank Adaptation (LoRA) Fine-Tuning for Transformer Models",
      "2406.03136", "analysis", "tells on which side of the norm threshold each attention head lies"),
-    ("lora-pro", "LoRA-Pro: Are Low-Rank Adapters Properly Optimized?", "2407.18242", "update rule",
-     "gradients of A and B that move W as close as possible to the full gradient"),
     ("lora-sb", "Initialization using Update Approximation is a Silver Bullet for Extremely Efficient Low-Rank "
      "Fine-Tuning", "2411.19557", "start and budget",
      "r * r numbers per layer, started from an approximation of the first full update"),

@@ -20,12 +20,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fallow.core.errors import ConfigError
+from fallow.core.select import Patterns
 from fallow.optim import moments as states
 from fallow.optim import refresh
 from fallow.optim.bases.basis import Basis
+from fallow.optim.groups import grouped
 from fallow.optim.inner.rule import Inner
 from fallow.optim.options import PARTS, check_options, with_parts
 from fallow.optim.parts import described
@@ -38,16 +40,18 @@ TOGETHER_ON_ACCELERATOR = 1 << 22  # there launches cost more than memory
 
 
 class LowRank(torch.optim.Optimizer):
-    """A torch optimizer; `params`: tensors, (name, tensor) pairs, or groups, which may have options of their own.
+    """A torch optimizer; `params`: a model, tensors, (name, tensor) pairs, or groups, which may have own options.
 
+    Of a model or pairs, embeddings and heads are left to the plain rule; `include`, `exclude`: regular expressions on
+    names in their place (`optim.groups`). `largest_side`: matrices with a longer side are plain too.
     `rank`: columns of each basis; or a float, the share of the projected side; or None, for a plain group.
     `basis`, `inner`, `residual`: parts by name, as a mapping with options, or made (`optim.bases`, `optim.inner`,
     `optim.residuals`). `scale`: factor of the projected part. `side`: the projected one: short | long | left (out) |
     right (in). `refresh_every` steps the basis is chosen again; `moments`, `stagger`, `lazy`: see `optim.refresh`.
     `betas`, `eps`, `weight_decay` (decoupled): AdamW's; `eps_mode`: torch | galore. `plain_scale`: factor of `lr` for
-    tensors that take the inner rule plainly. `state_dtype`: fp32 | bf16 | 8bit | 4bit; `basis_dtype`: fp32 | bf16 |
-    int8 | nf4 (`optim.moments`). `rounding` of weights of low precision: nearest | stochastic | compensated
-    (`optim.writing`). `seed`: of everything drawn.
+    tensors that take the inner rule plainly, `plain_inner`: another rule for them. `state_dtype`: fp32 | bf16 | 8bit |
+    4bit; `basis_dtype`: fp32 | bf16 | int8 | nf4 (`optim.moments`). `rounding` of weights of low precision: nearest |
+    stochastic | compensated (`optim.writing`). `seed`: of everything drawn.
 
     ConfigError for values that cannot be, when the optimizer or a group is made. TrainingError where a basis is due and
     the gradient is not finite; nothing has changed then.
@@ -55,7 +59,7 @@ class LowRank(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: nn.Module | Iterable[Any],
         lr: float | Tensor = 1e-3,
         rank: int | float | None = 128,
         *,
@@ -73,14 +77,19 @@ class LowRank(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         eps_mode: str = "torch",
         plain_scale: float = 1.0,
+        plain_inner: str | Mapping[str, Any] | Inner | None = None,
         state_dtype: str = "fp32",
         basis_dtype: str | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        include: Patterns = None,
+        exclude: Patterns = None,
+        largest_side: int | None = None,
     ) -> None:
-        defaults = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
+        apart = ("self", "params", "include", "exclude", "__class__")
+        defaults = {key: value for key, value in locals().items() if key not in apart}
         self._found: dict[Tensor, Site] = {}
-        super().__init__(params, defaults | {"steps": 0})
+        super().__init__(grouped(params, include, exclude), defaults | {"steps": 0})
 
     # -- what is trained ----------------------------------------------------------------------------------------------
 
@@ -191,7 +200,7 @@ class LowRank(torch.optim.Optimizer):
         """Plain tensors and numbers, which `torch.load(weights_only=True)` reads."""
         found = super().state_dict()
         for group in found["param_groups"]:
-            group.update({key: described(group[key]) for key in PARTS})
+            group.update({key: described(group[key]) for key in PARTS if group[key] is not None})
         return found
 
     @torch.no_grad()

@@ -22,13 +22,15 @@ from fallow.optim.writing import ROUNDINGS
 
 PARTS: dict[str, tuple[Mapping[str, Any], type]] = {
     "basis": (BASES, Basis), "inner": (INNER, Inner), "residual": (RESIDUALS, Residual),
+    "plain_inner": (INNER, Inner),
 }  # fmt: skip
 
 
 def with_parts(group: dict[str, Any]) -> None:
     """Make the parts that a group names."""
     for key, (table, kind) in PARTS.items():
-        group[key] = make_part(key, group[key], table, kind)
+        if group[key] is not None or key != "plain_inner":
+            group[key] = make_part(key, group[key], table, kind)
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -54,6 +56,8 @@ def check_options(options: Mapping[str, Any]) -> None:
     one_of("eps_mode", made["eps_mode"], ("torch", "galore"))
     one_of("state_dtype", made["state_dtype"], FORMS)
     one_of("rounding", made["rounding"], ROUNDINGS)
+    if made["largest_side"] is not None:
+        number("largest_side", made["largest_side"], 1)
     if made["basis_dtype"] is not None:
         one_of("basis_dtype", made["basis_dtype"], BASIS_FORMS)
     if made["rank"] is not None:

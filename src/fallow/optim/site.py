@@ -46,6 +46,8 @@ class Site:
         # the dimensions within a row in the order of memory, so that channels_last weights too are seen, not copied
         self.order = (0, *sorted(range(1, param.ndim), key=lambda dim: (-strides[dim], dim)))
         out, inner = param.shape[0], param.numel() // param.shape[0]
+        if max(out, inner) > (group["largest_side"] or out * inner):
+            return
         self.flipped = {"short": out >= inner, "long": out < inner, "left": False, "right": True}[group["side"]]
         self.d, self.n = (inner, out) if self.flipped else (out, inner)
         rank = group["basis"].width(group["rank"], self.d, self.n)
@@ -59,7 +61,7 @@ class Site:
     @property
     def inner(self) -> Any:
         """The inner rule; AdamW for a tensor that is no matrix, where the rule is one of matrices."""
-        rule = self.group["inner"]
+        rule = (self.rank is None and self.group["plain_inner"]) or self.group["inner"]
         return rule if rule.fits(self.param) else rule.other()
 
     @property

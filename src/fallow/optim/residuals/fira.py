@@ -9,7 +9,7 @@ No matrix of the weight's size is made: phi o (P R) = P (phi o R), so W takes on
 
 `exact=False`: as the official code, which forms G - a P R and so leaves (1 - a) of what the basis holds in S.
 Departures: the limiter starts anew from a norm of zero, where the official one lets S grow by `limit` from 1e-8
-(thousands of steps after a first gradient of zero); phi is held below `ceiling` times its mean, if asked for.
+(thousands of steps after a first gradient of zero); phi is held below `ceiling` times its median, if asked for.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Fira(Residual):
         inside = torch.linalg.vector_norm(projected, dim=dims)
         phi = torch.linalg.vector_norm(direction, dim=dims) / (inside + GUARD)  # times `correction`
         if self.ceiling is not None:
-            phi = torch.minimum(phi, phi.mean() * self.ceiling)
+            phi = torch.minimum(phi, phi.median() * self.ceiling)
         share = 1.0 if self.exact else scale
         if self.limit is not None:
             whole = torch.linalg.vector_norm(gradient, dim=dims).square()
