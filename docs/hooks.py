@@ -61,7 +61,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 def overview() -> str:
     """All cards, in two tables."""
-    lines = ["# Methods", "", "## Ready", "", "| method | idea | what it does |", "| --- | --- | --- |"]
+    lines = ["# Methods", "", "[What each can do](capabilities.md), as it was tried.", "", "## Ready", ""]
+    lines += ["| method | idea | what it does |", "| --- | --- | --- |"]
     cards = catalogue.methods()
     lines += [f"| [{title(c)}]({c.slug}.md) | {c.idea} | {c.purpose} |" for c in cards if c.ready]
     lines += ["", "## Planned", "", "Their specifications are written; their code is not.", ""]
