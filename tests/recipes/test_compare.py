@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from safetensors.torch import load_file
 
 from fallow.core.errors import ConfigError, FallowError
 from fallow.recipes import compare as module
-from fallow.recipes.compare import CompareConfig, anchored_score, compare, equal_parameters, lora_parameters, own_rates
+from fallow.recipes.compare import CompareConfig, anchored_score, compare, equal_parameters, own_rates
+from fallow.recipes.equal_parameters import lora_parameters
 from fallow.recipes.methods import METHODS, make_method
 from fallow.recipes.pipelines import load_pipeline
 from fallow.recipes.trained import Order
@@ -127,6 +129,32 @@ def test_a_budget_makes_each_method_train_about_as_many(settings, tiny_sd, metho
     assert made.trained_parameters == pytest.approx(4000, rel=near, abs=0)
 
 
+SIZED = ["bone", "loca", "lora-xs", "mos", "nola", "randlora", "svfit", "tlora", "vera"]  # each sized in its own way
+
+
+@pytest.mark.parametrize("method", SIZED)
+def test_a_budget_sizes_each_weight_parameterization_as_near_as_its_size_goes(settings, tiny_sd, method):
+    network = load_pipeline(str(tiny_sd), device="cpu").unet
+
+    def trained(options: dict[str, Any]) -> int:
+        return make_method(
+            method, Order(deepcopy(network), 1e-3, options, 2, 0, [], lambda *_: None)
+        ).trained_parameters
+
+    given = {"mos": {"private_rank": 0, "rank": 16}, "randlora": {"scaling": "peft"}}.get(method, {})
+    found = equal_parameters(method, settings(methods=[method], budget=4000, options={method: given}))
+    ((name, value),) = found.items()
+    reached = trained({**given, name: value})
+    if value == "full":  # which is above every number
+        assert reached < 4000
+        value = 0
+    for other in (value - 1, value + 1):
+        try:
+            assert abs(reached - 4000) <= abs(trained({**given, name: other}) - 4000)
+        except ConfigError:  # beyond what the layers or the other options allow
+            continue
+
+
 def test_a_budget_leaves_full_alone_and_excludes_amounts_of_the_options(settings):
     assert equal_parameters("full", settings(budget=4000)) == {}
     assert equal_parameters("sara", settings()) == {}
@@ -134,6 +162,8 @@ def test_a_budget_leaves_full_alone_and_excludes_amounts_of_the_options(settings
         equal_parameters("sara", settings(budget=4000, options={"sara": {"fraction": 0.1}}))
     with pytest.raises(ConfigError, match="budget=4000 and the option rank of lora"):
         equal_parameters("lora", settings(budget=4000, options={"lora": {"rank": 4}}))
+    with pytest.raises(ConfigError, match="budget=4000 and the option components of loca"):
+        equal_parameters("loca", settings(methods=["loca"], budget=4000, options={"loca": {"components": 4}}))
     with pytest.raises(ConfigError, match="names no layer"):
         equal_parameters("lora", settings(budget=4000, options={"lora": {"target_modules": "to_z"}}))
 

@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import re
 import shutil
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,9 +31,9 @@ from rich.console import Console
 from fallow.analysis.images import vlhi
 from fallow.core.errors import ConfigError, FallowError
 from fallow.core.files import atomic_write
-from fallow.recipes.doctor import Source
+from fallow.recipes.equal_parameters import options_for
 from fallow.recipes.evaluate import Evaluation, opened
-from fallow.recipes.methods import AMOUNTS, METHODS, check_method
+from fallow.recipes.methods import METHODS, check_method
 from fallow.recipes.settings import make_config
 from fallow.recipes.text_to_image import train
 from fallow.recipes.train_config import TrainConfig
@@ -430,55 +428,6 @@ def own_rates(method: str, config: CompareConfig) -> list[float]:
     return list(row.rates)
 
 
-def equal_parameters(method: str, config: CompareConfig) -> dict[str, Any]:
-    """The options with which a method trains about `config.budget` parameters; none where no budget is given.
-
-    LoRA's rank is a whole number and SHiRA's density is met in each layer, so theirs is approximate; full fine-tuning
-    trains everything, and what another PEFT config trains is for its own options to say.
-    """
-    options, method, name = config.options.get(method, {}), config.method_of(method), method
-    if config.budget is None or method in ("full", "peft"):
-        return {}
-    if method == "lora":
-        if taken := options.keys() & {"rank", "r"}:
-            raise ConfigError(
-                f"budget={config.budget} and the option {min(taken)} of {name} exclude each other; give one"
-            )
-        return {"rank": max(1, round(config.budget / lora_parameters(config.model, options.get("target_modules"))))}
-    if taken := options.keys() & set(AMOUNTS):
-        raise ConfigError(f"budget={config.budget} and the option {min(taken)} of {name} exclude each other; give one")
-    if method == "shira":
-        include = Source.find(config.model).family.include or ""
-        shapes = {name: found for name, found in _shapes(config.model).items() if re.search(include, name)}
-        entries = sum(numel for shape, numel in shapes.values() if len(shape) >= 2)
-        return {"density": min(1.0, config.budget / entries)}
-    return {"budget": config.budget}
-
-
-def lora_parameters(model: str, targets: Sequence[str] | str | None) -> int:
-    """What LoRA of rank 1 trains on these modules of a model's network: rows + columns of each matrix.
-
-    Raises ConfigError where none of the network's matrices is among them.
-    """
-    names = Source.find(model).family.targets_alone() if targets is None else targets
-    count = 0
-    for name, (shape, _) in _shapes(model).items():
-        if len(shape) >= 2 and is_target(name.removesuffix(".weight"), names):
-            # A convolution's factors are (rank, C_in, kh, kw) and (C_out, rank, 1, 1).
-            count += shape[0] + math.prod(shape[1:])
-    if not count:
-        raise ConfigError(f"target_modules={names} names no layer of {model}; give others")
-    return count
-
-
-def is_target(layer: str, targets: Sequence[str] | str) -> bool:
-    """Whether PEFT takes a layer for one of these: names or their ends, or one regular expression for whole names."""
-    if isinstance(targets, str):
-        return re.fullmatch(targets, layer) is not None
-    return any(layer == target or layer.endswith(f".{target}") for target in targets)
-
-
-def _shapes(model: str) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Shape and entries of each parameter of a model's network, from its configuration alone."""
-    network = Source.find(model).network()
-    return {name: (tuple(p.shape), p.numel()) for name, p in network.named_parameters()}
+def equal_parameters(name: str, config: CompareConfig) -> dict[str, Any]:
+    """The options with which a contestant trains about `config.budget` numbers; none where no budget is given."""
+    return options_for(config.method_of(name), config.options.get(name, {}), config.budget, config.model, name)

@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
+from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
 from fallow.catalogue import card, methods
+from fallow.core.delta import Delta
 from fallow.core.errors import ConfigError, FallowError, SelectionError, nearest
 from fallow.core.peft_host import FallowConfig
 from fallow.core.select import Amount
@@ -178,6 +180,12 @@ def _delta_config(slug: str) -> Any:
     return import_module("fallow.deltas._peft").CONFIGS[f"{card(slug).name}Config"]
 
 
+def delta_of(slug: str) -> type[Delta]:
+    """The class of a weight parameterization."""
+    found: type[Delta] = _delta_config(slug).delta
+    return found
+
+
 def _targeted(cls: Any, order: Order, part: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options with the part's own target_modules, unless it is the network's and they are given."""
     if "target_modules" not in _fields_of(cls):
@@ -269,7 +277,9 @@ def _peft_options(options: Mapping[str, Any]) -> list[str]:
 
 
 def _delta_options(slug: str) -> Callable[[Mapping[str, Any]], list[str]]:
-    hidden = ("method", "made", "modules_to_save", "trainable_token_indices", "init_weights")
+    """Those of its config without what PEFT keeps for itself, and what would train or place something else."""
+    hidden = {"made", "modules_to_save", "trainable_token_indices", "init_weights", "method"}
+    hidden |= {field.name for field in dataclasses.fields(PeftConfig)}
     return lambda _: [*(name for name in _fields_of(_delta_config(slug)) if name not in hidden), *ADAMW]
 
 
