@@ -6,6 +6,10 @@
 
 Nothing of PEFT's tests is kept here: its test module is read where it is, and in a temporary copy the list of cases is
 replaced by ours. What follows `--` goes to pytest. The exit code is pytest's.
+
+What fails with PEFT 0.21.2 is `test_only_params_are_updated` of some embeddings and layers of one output. Of two
+factors, one of them zero, the other moves at second order: at rank 1 by less in three steps than the 1e-4 that the test
+wants. PEFT's own LoRA of rank 1 does so too.
 """
 
 from __future__ import annotations
@@ -22,18 +26,45 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+# Options that fit layers of a few inputs and outputs. Left out is what these tests cannot run by its nature: "smora"
+# (cannot merge), "petalface" (wants a quality with each forward) and "wara-spatial" (wants a grid of tokens).
 METHODS: dict[str, dict[str, object]] = {
     "lora": {"rank": 1},
     "dora": {"rank": 1},
     "vera": {"rank": 1},
     "bone": {"rank": 1},
+    "codyra": {"rank": 1},
+    "dylora": {"rank": 1},
+    "hydra": {"rank": 1, "sequential_rank": 1},
+    "kasa": {"rank": 1},
+    "lamda": {"rank": 1, "freeze": 0.0},
+    "loca": {"components": 4, "location_until": 0},
+    "loldu": {},
+    "lora-xs": {"rank": 1},
+    "mos": {"rank": 1, "equivalent_rank": 1, "shards": 1, "private_rank": 0},
+    "mosa": {"rank": 1, "experts": 1},
+    "nola": {"rank": 1, "num_basis": 8},
+    "pego": {"rank": 1, "group": 1},
+    "randlora": {"rank": 1},
+    "salt": {"rank": 1},
+    "sltrain": {"rank": 1, "density": 0.5},
+    "sora": {"rank": 1},
+    "svfit": {},
+    "tlora": {"rank": 1, "transform_rank": 1},
+    "wara": {"rank": 1, "wavelet": "haar"},
 }
-CASES = [
-    ("MLP", "lin0"), ("MLP", ["lin0"]), ("MLP", ["lin1"]), ("MLP", ["lin0", "lin1"]), ("EmbConv1D", ["conv1d"]),
-    ("EmbConv1D", ["emb"]), ("EmbConv1D", ["emb", "conv1d"]), ("Conv2d", ["conv2d"]), ("Conv2d", ["conv2d", "lin0"]),
-    ("Conv2d2", ["conv2d", "lin0"]), ("Conv1d", ["conv1d"]), ("Conv3d", ["conv3d"]),
+CASES = [  # model, targets, the kinds of layers that these are
+    ("MLP", "lin0", ["linear"]), ("MLP", ["lin0"], ["linear"]), ("MLP", ["lin1"], ["linear"]),
+    ("MLP", ["lin0", "lin1"], ["linear"]), ("EmbConv1D", ["conv1d"], ["linear"]), ("EmbConv1D", ["emb"], ["embedding"]),
+    ("EmbConv1D", ["emb", "conv1d"], ["linear", "embedding"]), ("Conv2d", ["conv2d"], ["conv"]),
+    ("Conv2d", ["conv2d", "lin0"], ["linear", "conv"]), ("Conv2d2", ["conv2d", "lin0"], ["linear", "conv"]),
+    ("Conv1d", ["conv1d"], ["conv"]), ("Conv3d", ["conv3d"], ["conv"]),
 ]  # fmt: skip
+TOO_SMALL = {"kasa": "conv1d", "loca": "conv1d"}  # a layer of one output and of few entries
 MARK = "fallow"
+DEPARTURES = {  # tests of what is meant to be otherwise here
+    "test_from_pretrained_config_construction": "wants the config object that was given; it is copied, as it is filled",
+}
 
 
 def cases(methods: dict[str, dict[str, object]]) -> str:
@@ -42,7 +73,8 @@ def cases(methods: dict[str, dict[str, object]]) -> str:
     lines += ["_OF = {m: CONFIGS[REGISTRY[m].__name__ + 'Config'] for m in REGISTRY}", f"_METHODS = {methods!r}"]
     lines += [
         f"TEST_CASES = [(f'{MARK} {{m}} {{i}}', b, _OF[m], {{**o, 'target_modules': t}})",
-        f"              for m, o in _METHODS.items() for i, (b, t) in enumerate({CASES!r})]",
+        f"              for m, o in _METHODS.items() for i, (b, t, kinds) in enumerate({CASES!r})",
+        f"              if set(kinds) <= set(REGISTRY[m].supports) and {TOO_SMALL!r}.get(m, '-') not in t]",
         f"TEST_CASES += [(f'{MARK} {{m}} saved too', 'MLP', _OF[m], {{**o, 'target_modules': ['lin0'],",
         "               'modules_to_save': ['lin1']}) for m, o in _METHODS.items()]",
     ]
@@ -75,7 +107,17 @@ def run(peft: Path, methods: dict[str, dict[str, object]], arguments: list[str])
             print(f"{module} has another form than it had in PEFT 0.21.2; adapt this script", file=sys.stderr)
             return 2
         module.write_text(replaced, encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", str(module), "-k", MARK, "-q", "-p", "no:cacheprovider"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            str(module),
+            "-k",
+            " and not ".join([MARK, *DEPARTURES]),
+            "-q",
+            "-p",
+            "no:cacheprovider",
+        ]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": place}
         return subprocess.call([*command, *arguments], cwd=place, env=environment)
 

@@ -6,7 +6,7 @@ block is a layer of fewer outputs to the method that is used; what it gives is p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -36,21 +36,29 @@ def _part(site: Site, rows: slice) -> Tensor:
 
 
 class Fused(Delta):
-    """`method` on each of the row blocks: `rows` of them of one size, or these sizes.
+    """`method` on each of the row blocks: `rows` of them of one size, or these sizes. `apart`: the options of single
+    blocks that have others.
 
     ConfigError where they do not add up to the layer's outputs, or the layer is a grouped convolution.
     """
 
     supports = ("linear", "conv", "parameter")
 
-    def __init__(self, site: Site, method: type[Delta], options: MethodOptions, rows: int | Sequence[int]) -> None:
+    def __init__(
+        self,
+        site: Site,
+        method: type[Delta],
+        options: MethodOptions,
+        rows: int | Sequence[int],
+        apart: Mapping[int, MethodOptions] | None = None,
+    ) -> None:
         out = site.shape[0]
         sizes = [out // rows] * rows if isinstance(rows, int) and rows > 0 else rows
         if isinstance(sizes, int) or sum(sizes) != out or min(sizes) < 1:
             raise ConfigError(f"fused={rows!r} does not divide the {out} rows of '{site.name}'; give sizes that add up")
         if getattr(site.view, "groups", 1) > 1:
             raise ConfigError(f"fused={rows!r}: '{site.name}' is a grouped convolution, which has blocks already")
-        self.sizes, self.method, self.options = list(sizes), method, options
+        self.sizes, self.method, self.options, self.apart = list(sizes), method, options, dict(apart or {})
         self.name = method.name  # type: ignore[misc]
         super().__init__(site, options)
 
@@ -68,7 +76,7 @@ class Fused(Delta):
                 site.seed,
                 site.fresh,
             )
-            self.parts.append(self.method(block, self.options))
+            self.parts.append(self.method(block, self.apart.get(number, self.options)))
             start += size
         self.mode, self.exact = self.deltas[0].mode, self.deltas[0].exact  # type: ignore[misc]  # options may choose them
 
@@ -108,6 +116,17 @@ class Fused(Delta):
         for delta in self.deltas:
             delta.on_step(step, total)
 
+    def importance(self) -> Tensor:
+        """(r,): over all blocks, the norm of what their first, second ... rank is worth, the largest first."""
+        each = [delta.importance().sort(descending=True).values for delta in self.deltas]
+        most = max(len(worth) for worth in each)
+        return torch.stack([nn.functional.pad(worth, (0, most - len(worth))) for worth in each]).norm(dim=0)
+
+    def resize(self, rank: int) -> None:
+        """Of each block."""
+        for delta in self.deltas:
+            delta.resize(rank)
+
     @torch.no_grad()
     def randomize(self) -> None:
         for delta in self.deltas:
@@ -115,3 +134,23 @@ class Fused(Delta):
 
     def all_parameters(self) -> list[Any]:
         return list(dict.fromkeys(param for delta in self.deltas for param in delta.all_parameters()))
+
+
+def delta_at(
+    site: Site,
+    method: type[Delta],
+    options: MethodOptions,
+    rows: int | Sequence[int] | None = None,
+    apart: Mapping[int, MethodOptions] | None = None,
+) -> Delta:
+    """A Delta of this method, or where the weight is a stack of matrices, or of `rows` blocks, one for each of them."""
+    rows = site.view.blocks if rows is None else rows
+    return method(site, options) if rows is None else Fused(site, method, options, rows, apart)
+
+
+def single(key: str, delta: Delta) -> Iterator[tuple[str, Delta]]:
+    """A Delta by its key, or those of its blocks, by key and number."""
+    if isinstance(delta, Fused):
+        yield from ((f"{key}.{number}", part) for number, part in enumerate(delta.deltas))
+    else:
+        yield key, delta

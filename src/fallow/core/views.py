@@ -11,7 +11,8 @@
     conv       Conv1d/2d/3d, grouped ones too; the kernel is a part of `in`      x (N, C, ...), h (N, groups * r, ...)
     embedding  Embedding; out is its width, in its number of rows                x int (...), h (..., r)
     parameter  a weight that its module reads itself: attention's in_proj, stacks of experts (E, out, in) as rows of one
-               matrix. There is no way through the input; the module runs with the changed weight in its place.
+               matrix, in E `blocks`, each of which hosts give a Delta of its own. There is no way through the input;
+               the module runs with the changed weight in its place.
 
 Hidden results of grouped convolutions hold r channels for each group, all made by the one A; `up` gives each group its
 rows of B. So use up, mix and scale on them, not operators of your own.
@@ -36,6 +37,7 @@ class View:
 
     kind: ClassVar[Kind] = "linear"
     channels: ClassVar[int] = -1  # the dimension of x and h that holds the channels
+    blocks: int | None = None  # of a stack of matrices
     alone: int = 1  # the dimensions of a sample without a batch; 0 where there is no such thing
 
     def __init__(self, out_features: int, in_features: int) -> None:
@@ -130,13 +132,17 @@ class EmbeddingView(TransposedView):
 
 
 class ParameterView(View):
-    """A parameter of two or more dimensions that its module reads itself: all but the last are rows."""
+    """A parameter of two or more dimensions that its module reads itself: all but the last are rows.
+
+    `blocks`: how many matrices a stack of them holds.
+    """
 
     kind = "parameter"
     alone = 0
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__(weight[..., 0].numel(), weight.shape[-1])
+        self.blocks = weight.shape[0] if weight.dim() == 3 else None
 
     def read(self, weight: Tensor) -> Tensor:
         return weight.reshape(self.shape)

@@ -23,7 +23,7 @@ from fallow.core.host.holder import (
 )
 from fallow.core.host.layer import BASE, Adapters, sites, weight_at
 from fallow.core.host.placing import install, restore
-from fallow.core.host.targets import Targets, choose, spots, with_patterns
+from fallow.core.host.targets import Targets, choose, in_blocks, spots, with_patterns
 
 
 def attach(
@@ -34,6 +34,7 @@ def attach(
     *,
     exclude: Targets | None = None,
     patterns: Mapping[str, Mapping[str, Any]] | None = None,
+    fused: Mapping[str, int | list[int]] | None = None,
     seed: int = 0,
     own_loss: Penalty = "step",
     expect_gradients: bool = True,
@@ -46,6 +47,8 @@ def attach(
     embeddings and stacks of experts too); names of modules or their last parts; or a regular expression that matches
     whole names. A Parameter that its module reads itself has its own path: "encoder.attention.in_proj_weight".
     `exclude`: of these, in the same way. `patterns`: {regular expression: {option: value}}, for layers that differ.
+    `fused`: {regular expression: number of equal row blocks, or their sizes}, for weights that hold several
+    projections: each gets a Delta of its own, as each matrix of a stack of experts does by itself.
     `seed`: of frozen random tensors; trained ones start from torch's global generator. `own_loss`: see
     `fallow.core.accompany`. `expect_gradients`: whether the first optimizer step refuses adapted weights that have no
     gradient; see `fallow.core.gradients`.
@@ -57,7 +60,8 @@ def attach(
     spec = spec_of(kind, options, seed, own_loss)
     every = spots(model)
     planned = with_patterns(choose(model, every, kind, targets, exclude), options, patterns)
-    install(model, prepare(model, kind, planned, every, name, spec), every, expect_gradients)
+    blocks = in_blocks([spot for spot, _ in planned], fused)
+    install(model, prepare(model, kind, planned, every, name, spec, blocks=blocks), every, expect_gradients)
     finish(model, name)
     return model
 

@@ -31,8 +31,9 @@ from fallow.core.files import (
     write_json,
     write_tensors,
 )
+from fallow.core.fused import Fused
 from fallow.core.host.adapters import finish
-from fallow.core.host.holder import SHARED, Prepared, Spec, check_name, needed, prepare
+from fallow.core.host.holder import SHARED, Blocks, Prepared, Spec, check_name, needed, prepare
 from fallow.core.host.layer import Adapters, sites, weight_at
 from fallow.core.host.placing import install
 from fallow.core.host.targets import Spot, check_weight, spots
@@ -79,7 +80,12 @@ def save(model: nn.Module, path: str | Path, name: str = "default") -> Path:
 def _described(delta: Delta, spec: Spec, weight: Tensor, site: Adapters) -> dict[str, Any]:
     options = dataclasses.asdict(delta.o)
     base = whole(weight) if site.kept is None else site.kept
-    return {
+    blocks: dict[str, Any] = {}
+    if isinstance(delta, Fused):
+        parts = {str(i): dataclasses.asdict(part.o) for i, part in enumerate(delta.deltas)}
+        apart = {i: {key: value for key, value in own.items() if options[key] != value} for i, own in parts.items()}
+        blocks = {"blocks": delta.sizes, "apart": {i: own for i, own in apart.items() if own}}
+    return blocks | {
         "shape": list(site.view.shape),
         "dtype": str(base.dtype).removeprefix("torch."),
         "base": fingerprint(base) if base.is_floating_point() else "",
@@ -130,7 +136,9 @@ def load(model: nn.Module, path: str | Path, name: str = "default", *, force: bo
     try:
         common = dataclasses.asdict(make_options(method, told["options"]))
         spec = Spec(method.name, common, told["seed"], "step")
-        made = prepare(model, method, [(s, {**common, **own}) for s, own in planned], every, name, spec, fresh=False)
+        plan = [(spot, {**common, **own}) for spot, own, _ in planned]
+        blocks = {id(spot.parameter()): held for spot, _, held in planned if held is not None}
+        made = prepare(model, method, plan, every, name, spec, fresh=False, blocks=blocks)
     except ConfigError as error:
         raise AdapterError(f"{file} cannot be loaded: {error}") from None
     if len(made.deltas) != len(planned):
@@ -176,8 +184,8 @@ def _method(file: Path, name: str) -> type[Delta]:
 
 def _planned(
     file: Path, told: Mapping[str, Any], model: nn.Module, every: list[Spot], force: bool
-) -> list[tuple[Spot, dict[str, Any]]]:
-    """The weights that the file adapts, with their own options. AdapterError where the model has others."""
+) -> list[tuple[Spot, dict[str, Any], Blocks | None]]:
+    """The weights that the file adapts, with their options and blocks. AdapterError where the model has others."""
     by_key = {spot.key: spot for spot in every}
     planned = []
     for key, described in told["weights"].items():
@@ -200,8 +208,25 @@ def _planned(
                 f"{str(weight.dtype).removeprefix('torch.')} now). Give the base that it was trained on, or force=True "
                 "if you know that it is close enough"
             )
-        planned.append((spot, described["options"]))
+        planned.append((spot, described["options"], _blocks(file, key, told, described)))
+        if spot.reader and spot.view().blocks and planned[-1][2] is None:
+            raise AdapterError(
+                f"{file} adapts the stack '{key}' as one matrix, as this Fallow does not; train it again"
+            )
     return planned
+
+
+def _blocks(file: Path, key: str, told: Mapping[str, Any], described: Mapping[str, Any]) -> Blocks | None:
+    if "blocks" not in described:
+        return None
+    sizes, apart = described["blocks"], described.get("apart", {})
+    if not isinstance(sizes, list) or not all(type(size) is int for size in sizes) or not isinstance(apart, dict):
+        raise AdapterError(f"{file} has broken metadata (the blocks of '{key}'); train or copy it again")
+    common = {**told["options"], **described["options"]}
+    numbers = {str(number) for number in range(len(sizes))}
+    if not all(number in numbers and isinstance(own, dict) for number, own in apart.items()):
+        raise AdapterError(f"{file} has broken metadata (the blocks of '{key}'); train or copy it again")
+    return sizes, {int(number): {**common, **own} for number, own in apart.items()}
 
 
 def _fill(file: Path, made: Prepared, tensors: Mapping[str, Tensor]) -> None:

@@ -13,12 +13,16 @@ from fallow.core.accompany import Penalty, context_of
 from fallow.core.delta import Delta, MethodOptions, Site, make_options
 from fallow.core.distributed import refuse_wrapped
 from fallow.core.errors import ConfigError, ModelError, nearest
+from fallow.core.fused import delta_at
 from fallow.core.host.layer import Adapters
 from fallow.core.host.targets import Spot, check_weight
 from fallow.core.host.tied import Tied
 from fallow.core.sharded import is_dtensor
 
 SHARED = "adapters_shared"  # at the root of the model: a sharded one gathers it before the layers run
+
+Rows = int | list[int]  # how many blocks of one size a weight has, or their sizes
+Blocks = tuple[Rows, dict[int, dict[str, Any]]]  # with the options of those that have others
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,9 @@ def prepare(
     name: str,
     spec: Spec,
     fresh: bool = True,
+    blocks: Mapping[int, Blocks] | None = None,
 ) -> Prepared:
-    """Make the Deltas of an adapter; nothing in the model changes, whatever is wrong."""
+    """Make the Deltas of an adapter; nothing in the model changes, whatever is wrong. `blocks`: by id of the weight."""
     check_name(model, name)
     refuse_wrapped(model)
     common, context = nn.Module(), context_of(model)
@@ -109,7 +114,8 @@ def prepare(
         held = spot.layer._modules.get(spot.attribute)
         view = held.view if isinstance(held, Adapters) else spot.view()
         site = Site(spot.key, view, spot.parameter, common, context, spec.seed, fresh)
-        delta = method(site, options)
+        rows, apart = (blocks or {}).get(id(spot.parameter()), (None, {}))
+        delta = delta_at(site, method, options, rows, {i: make_options(method, own) for i, own in apart.items()})
         deltas.append((spot, delta.to(site.device).train(spot.layer.training)))
     common.to(deltas[0][0].weight().device)
     return Prepared(method, name, common, deltas, spec)

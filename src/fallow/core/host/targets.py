@@ -191,6 +191,21 @@ def with_patterns(
     return told
 
 
+def in_blocks(
+    chosen: Sequence[Spot], fused: Mapping[str, int | list[int]] | None
+) -> dict[int, tuple[int | list[int], dict[int, dict[str, Any]]]]:
+    """What `prepare` takes as blocks; the first pattern that matches a weight's name counts. ConfigError for others."""
+    found: dict[int, tuple[int | list[int], dict[int, dict[str, Any]]]] = {}
+    for pattern, rows in (fused or {}).items():
+        test = _pattern("fused", pattern, rf"(?:.*\.)?(?:{pattern})")
+        hits = [spot for spot in chosen if test(spot.key)]
+        if not hits:
+            raise ConfigError(f"fused: {pattern!r} matches none of the targets; {_fitting(chosen, pattern)}")
+        for spot in hits:
+            found.setdefault(id(spot.parameter()), (rows, {}))
+    return found
+
+
 def check_weight(spot: Spot) -> None:
     """ModelError for a base weight that cannot carry an adapter."""
     weight, key = spot.parameter(), spot.key

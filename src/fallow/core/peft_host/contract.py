@@ -139,8 +139,9 @@ class FallowConfig(PeftConfig, metaclass=_ByMethod):
     `target_modules`: names of modules (or their last parts), a regular expression that must match whole names,
     "all-linear", or "all-layers" (every Linear, convolution, embedding and attention block). `exclude_modules`,
     `layers_to_transform`, `layers_pattern`, `modules_to_save`: as in PEFT. `seed`: of what is drawn. `check_base`:
-    refuse to load onto another base than the one trained on. `made`: filled in when an adapter is made, so that loading
-    repeats no choice; None chooses anew.
+    refuse to load onto another base than the one trained on. `expect_gradients`: whether the first optimizer step
+    refuses adapted weights that have no gradient; see `fallow.core.gradients`. `made`: filled in when an adapter is
+    made, so that loading repeats no choice; None chooses anew.
     """
 
     method: str = ""
@@ -151,6 +152,7 @@ class FallowConfig(PeftConfig, metaclass=_ByMethod):
     modules_to_save: list[str] | None = None
     seed: int = 0
     check_base: bool = True
+    expect_gradients: bool = True
     made: dict[str, Any] | None = None
     in_place: ClassVar[bool] = True  # whether it writes into base weights, which must then be plain tensors
 

@@ -22,12 +22,13 @@ from fallow.core.accompany import Penalty, accompany
 from fallow.core.delta import REGISTRY, Delta, MethodOptions, Site, make_options, one_of, refuse_not_finite
 from fallow.core.errors import AdapterError, ConfigError, nearest
 from fallow.core.files import fingerprint, matches
-from fallow.core.fused import Fused
+from fallow.core.fused import delta_at, single
 from fallow.core.layouts import layout
 from fallow.core.peft_host import contract
 from fallow.core.peft_host.contract import METHODS, FallowConfig
 from fallow.core.stored_weight import StoredWeight
 from fallow.core.views import view_of
+from fallow.core.weakly import Weakly
 
 SAMPLED = 256  # entries of each weight that a base is known by
 
@@ -70,7 +71,16 @@ class DeltaConfig(FallowConfig):
             make_options(self.delta, {**self._given(), **extra})
 
     def __reduce__(self) -> Any:  # the class is made from the method, so it is found by its name
-        return _unfilled, (self.method,), self.__dict__
+        return _unfilled, (self.method,), {name: value for name, value in self.__dict__.items() if name != "_deltas"}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DeltaConfig:
+        """In a copy of its model it follows the copies of its Deltas, which PEFT keeps before their configs."""
+        made = memo[id(self)] = _unfilled(self.method)
+        deltas = self.__dict__.get("_deltas")
+        made.__dict__.update(copy.deepcopy({n: v for n, v in self.__dict__.items() if n != "_deltas"}, memo))
+        if deltas is not None:
+            made.__dict__["_deltas"] = deltas.known_to(memo)
+        return made
 
     def _short(self) -> list[tuple[str, Mapping[str, Any]]]:
         return [("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)]
@@ -91,7 +101,41 @@ class DeltaConfig(FallowConfig):
         for pattern, extra in self.patterns.items():
             if _fits(pattern, key):
                 given.update(extra)
-        return make_options(self.delta, given)
+        return make_options(self.delta, given | self._changed().get(key, {}))
+
+    def apart(self, key: str) -> dict[int, MethodOptions]:
+        """Those of single blocks of a module that have others than the module; see `fallow.core.fused`."""
+        numbers = {name: name.removeprefix(f"{key}.") for name in self._changed() if name.startswith(f"{key}.")}
+        whole = dataclasses.asdict(self.options_for(key))
+        return {
+            int(number): make_options(self.delta, whole | self._changed()[name])
+            for name, number in numbers.items()
+            if number.isdecimal()
+        }
+
+    def _changed(self) -> dict[str, dict[str, Any]]:
+        """The options that single Deltas have got since they were made, as by a new rank; by key."""
+        changed: dict[str, dict[str, Any]] = (self.made or {}).get("options", {})
+        return changed
+
+    def follow(self, deltas: Mapping[str, nn.Module]) -> None:
+        """Tell in files what becomes of the options of these, as by a new rank."""
+        self.__dict__["_deltas"] = Weakly({key: delta for key, delta in deltas.items() if isinstance(delta, Delta)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What PEFT writes, as the adapter is now."""
+        if self.made is not None and "_deltas" in self.__dict__:
+            self.made = {name: value for name, value in self.made.items() if name != "options"}
+            changed = {}
+            for key, delta in self.__dict__["_deltas"].items():
+                told = dataclasses.asdict(self.options_for(key))
+                for name, part in single(key, delta):
+                    own = dataclasses.asdict(part.o)
+                    if differs := {option: value for option, value in own.items() if told[option] != value}:
+                        changed[name] = differs
+            if changed:
+                self.made["options"] = changed
+        return cast("dict[str, Any]", super().to_dict())
 
     def make(self, model: nn.Module, sites: Sequence[contract.Site]) -> dict[str, nn.Module]:
         """A Delta for each site. ConfigError for a pattern that fits none, AdapterError for another base."""
@@ -109,13 +153,12 @@ class DeltaConfig(FallowConfig):
             place = Site(site.key, view, site.layer.read, site.common, site.context, self.seed, fresh)
             if fresh:
                 refuse_not_finite(site.key, site.weight)
-            stack = site.weight.shape[0] if site.weight.dim() == 3 and view.kind == "parameter" else None
-            rows = next((n for pattern, n in self.fused.items() if _fits(pattern, site.key)), stack)
-            options = self.options_for(site.key)
-            delta = self.delta(place, options) if rows is None else Fused(place, self.delta, options, rows)
+            rows = next((n for pattern, n in self.fused.items() if _fits(pattern, site.key)), None)
+            delta = delta_at(place, self.delta, self.options_for(site.key), rows, self.apart(site.key))
             if not self.init_weights:
                 delta.randomize()
             made[site.key] = moved(delta, place.device)
+        self.follow(made)
         accompany({key: delta for key, delta in made.items() if isinstance(delta, Delta)}, self.own_loss)
         return made
 
@@ -226,12 +269,14 @@ def describe(config: FallowConfig, deltas: Mapping[str, nn.Module], error: float
     first = config.made or {}
     known = {key: told for key, told in first.get("layers", {}).items() if key in deltas}
     made = {"sites": list(deltas), "base": first.get("base"), "layers": known, "error": error}
-    return config_of(REGISTRY["lora"])(
+    described = config_of(REGISTRY["lora"])(
         **shared | {"method": "lora", "made": made},
         rank_pattern=ranks,
         alpha_pattern={key: float(rank) for key, rank in ranks.items()},
         target_parameters=getattr(config, "target_parameters", None),
     )
+    described.follow(deltas)
+    return described
 
 
 def configs() -> dict[str, type[DeltaConfig]]:

@@ -53,6 +53,10 @@ def hotswap(model: nn.Module, path: str | PathLike[str], adapter_name: str = "de
                 f"{name}={told!r} in {path}, where adapter '{adapter_name}' has {getattr(own, name)!r}; load it as "
                 "another adapter instead"
             )
+    if given._changed() != (own.to_dict()["made"] or {}).get("options", {}):
+        raise AdapterError(
+            f"{path} has layers of other ranks than adapter '{adapter_name}'; load it as another adapter"
+        )
     bases = [(config.made or {}).get("base") for config in (given, own)]
     if given.check_base and None not in bases and bases[0] != bases[1]:
         raise AdapterError(f"{path} was trained on another base than adapter '{adapter_name}'; load it onto its own")

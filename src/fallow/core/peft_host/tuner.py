@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from fallow.core.accompany import context_of
 from fallow.core.delta import Delta, number, one_of, whole
 from fallow.core.errors import AdapterError, ConfigError, ModelError, nearest
+from fallow.core.gradients import watch
 from fallow.core.peft_host.contract import PEFT_TYPE, FallowConfig, Hosted, Site
-from fallow.core.peft_host.deltas import describe
+from fallow.core.peft_host.deltas import DeltaConfig, describe
 from fallow.core.peft_host.layer import LINEAR, PREFIX, FallowLayer, FallowLinear, Holder, ParamWrapper
 from fallow.core.peft_host.shared import SHARED, Shared
 from fallow.core.peft_host.taking_back import PLACE, Loading, check_tensors, refuse_foreign, waiting
@@ -56,6 +57,7 @@ class FallowModel(BaseTuner):
             trained = adapter_name in self.active_adapters and not config.inference_mode
             for key, delta in deltas.items():
                 self._targets[key].add(adapter_name, delta, trained)
+            watch(deltas, cast(FallowConfig, config).expect_gradients)
             if deltas:
                 Shared.put(model, adapter_name, common, trained, next(iter(sites)).layer)
         except Exception:  # whatever it was, the model is put back as it was and the error goes on
@@ -65,7 +67,9 @@ class FallowModel(BaseTuner):
             model.__dict__[PLACE] = self._loading
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Deltas are made in float32; `autocast_adapter_dtype=False` asks for the base's dtype instead."""
+        """Deltas are made in float32; `autocast_adapter_dtype=False` asks for the base's dtype instead, of what is
+        frozen in them too.
+        """
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if autocast_adapter_dtype:
             return
@@ -73,8 +77,8 @@ class FallowModel(BaseTuner):
             delta = layer.fallow_delta._modules.get(adapter_name)
             dtype = layer.parameter.dtype
             if isinstance(delta, Delta) and dtype.is_floating_point:
-                for param in delta.all_parameters():
-                    param.data = param.data.to(dtype)
+                for part in (delta, delta.__dict__["_common"][0]):
+                    part._apply(lambda tensor, dtype=dtype: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         if peft_config.target_modules == ALL:
@@ -239,6 +243,14 @@ class FallowModel(BaseTuner):
         self.peft_config[adapter_name] = describe(config, deltas, max(errors))
         for layer, delta in added.values():
             layer.add(adapter_name, delta, False)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **told: Any) -> Any:
+        """PEFT's own. The config of an unpickled model finds its Deltas again, of which it is about to tell."""
+        if isinstance(config, DeltaConfig):
+            held = [layer.fallow_delta._modules.get(adapter_name) for layer in _layers(model)]
+            config.follow({delta.site_name: delta for delta in held if isinstance(delta, Delta)})
+        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **told)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

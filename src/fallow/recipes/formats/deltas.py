@@ -22,7 +22,7 @@ import fallow.deltas  # noqa: F401  # which makes the methods known
 from fallow.core.delta import REGISTRY, Delta, MethodOptions, Site, make_options
 from fallow.core.errors import AdapterError, FallowError
 from fallow.core.files import fingerprint, matches
-from fallow.core.fused import Fused
+from fallow.core.fused import delta_at
 from fallow.core.host import files as own
 from fallow.core.host.holder import SHARED as OWN_SHARED
 from fallow.core.layouts import check_layout, view_from
@@ -46,12 +46,15 @@ Read = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """`layout`: of `fallow.core.layouts`, None where the file does not tell. `rows`: of a Delta for each projection."""
+    """`layout`: of `fallow.core.layouts`, None where the file does not tell. `rows`: of a Delta for each projection;
+    `apart`: of those with other options.
+    """
 
     layout: dict[str, Any] | None
     options: MethodOptions
     tensors: dict[str, Tensor]
     rows: int | list[int] | None = None
+    apart: dict[int, MethodOptions] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,10 @@ def _of_own(file: Path, header: Mapping[str, str], tensors: Mapping[str, Tensor]
         marks = (f"{key}.adapters.",) if not parameter else (f"{key.rpartition('.')[0]}.adapters_",)
         mine = [name for name in rest if name.startswith(marks)]
         held = {name.removeprefix(marks[0]): rest.pop(name) for name in mine}
-        layers[key] = SavedLayer(layout, make_options(method, told["options"] | described["options"]), held)
+        options = make_options(method, told["options"] | described["options"])
+        rows, apart = own._blocks(file, key, told, described) or (None, {})
+        parts = {number: make_options(method, given) for number, given in apart.items()}
+        layers[key] = SavedLayer(layout, options, held, rows, parts)
         if described["base"]:
             base[key if parameter else f"{key}.weight"] = [described["base"], described["dtype"]]
     if rest and not any(layer.layout and layer.layout["kind"] == "parameter" for layer in layers.values()):
@@ -169,7 +175,8 @@ def _of_peft(place: Path, header: Mapping[str, str], tensors: Mapping[str, Tenso
     for key in sites if sites is not None else held:
         layout = check_layout(place, key, layouts[key]) if key in layouts else None
         fused = next((n for pattern, n in config.fused.items() if re.fullmatch(rf"(.*\.)?({pattern})", key)), None)
-        layers[str(key)] = SavedLayer(layout, config.options_for(str(key)), held.pop(str(key), {}), fused)
+        options, apart = config.options_for(str(key)), config.apart(str(key))
+        layers[str(key)] = SavedLayer(layout, options, held.pop(str(key), {}), fused, apart)
     if not layers:
         raise AdapterError(f"{place} adapts no layer; train or copy it again")
     noted = noted_in(place, header)
@@ -215,9 +222,7 @@ def rebuilt(found: Saved, base: Mapping[str, Read] | None) -> dict[str, Delta]:
         site = kind(key, view, read, common, None, found.seed, fresh=False)
         if isinstance(site, _Blind):
             site.where = found.place
-        delta = found.method(site, layer.options) if layer.rows is None else Fused(
-            site, found.method, layer.options, layer.rows
-        )  # fmt: skip
+        delta = delta_at(site, found.method, layer.options, layer.rows, layer.apart)
         _fill(found.place, key, delta, layer.tensors)
         made[key] = delta
     _fill(found.place, "what the layers share", common, found.common)
