@@ -472,11 +472,21 @@ def said_by(stderr: str) -> str:
 
 
 def lora(tried: Tried) -> str:
-    """`to_lora` as it is; where that wants a bound, up to one ten-thousandth. PEFT's own LoRA says the same."""
-    case = tried.case(lambda: One(nn.Linear(FULL, 32)), (2, 16, FULL))
+    """`to_lora` as it is; where that wants a bound, up to one ten-thousandth. PEFT's own LoRA says the same, on every
+    layer that both take.
+    """
+    layer, how = as_lora(tried.case(lambda: One(nn.Linear(FULL, 32)), (2, 16, FULL)), "linear")
+    for kind in ("transposed", "conv2d", "conv3d", "embedding"):  # PEFT's runs circular padding in another way
+        if LAYERS[kind][0] in tried.method.supports:
+            as_lora(tried.on(kind), kind)
+    return f"rank {layer['rank']} of {FULL}, {how}"
+
+
+def as_lora(case: Case, kind: str) -> tuple[dict[str, Any], str]:
+    """What `to_lora` tells of the one layer, and how it came to its rank."""
     model = case.attach(case.fresh())
     said = case.says(model)
-    folder, how = case.folder / "lora", "its own factors"
+    folder, how = case.folder / kind, "its own factors"
     try:
         told = fallow.to_lora(model, folder)
     except ConfigError as error:
@@ -484,10 +494,9 @@ def lora(tried: Tried) -> str:
             raise
         told, how = fallow.to_lora(model, folder, error=1e-4), "by error=1e-4"
     assert told["error"] <= 1e-4
-    theirs = PeftModel.from_pretrained(case.fresh(), folder)
-    same(case.says(theirs), said)
+    same(case.says(PeftModel.from_pretrained(case.fresh(), folder)), said)
     (layer,) = told["layers"].values()
-    return f"rank {layer['rank']} of {FULL}, {how}"
+    return layer, how
 
 
 PROBES: dict[str, Callable[[Tried], str | None]] = {

@@ -87,7 +87,13 @@ COLUMNS: dict[str, Capability] = {
         ("checkpointing", TRAINING, "checkpointing", "the same gradients with `torch.utils.checkpoint`"),
         ("compile", TRAINING, "torch.compile", "`fullgraph=True`, `aot_eager`: the same output and gradients"),
         ("train", TRAINING, "fallow train", "`fallow train --method` on mini-sd, one step, adapter saved"),
-        ("lora", CONVERSION, "exact LoRA", "`to_lora`; PEFT's own LoRA, loading it, gives the same output"),
+        (
+            "lora",
+            CONVERSION,
+            "exact LoRA",
+            "`to_lora` on Linear, Conv1D, Conv2d, Conv3d and Embedding, where it takes them; PEFT's own LoRA, loading "
+            "the folder, gives the same output. The rank is that of `Linear(24, 32)`",
+        ),
     )
 }
 
