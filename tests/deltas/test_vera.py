@@ -108,7 +108,7 @@ def test_parameter_count_is_rank_and_one_for_each_output(kind: str) -> None:
 
 def test_backward_keeps_a_few_numbers_a_token_and_nothing_of_the_layers_width() -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        model, x = adapted("linear", dtype, rank=2)  # folded, at most an eighth of 20
+        model, x = adapted("linear", dtype, rank=1)  # folded, at most a sixteenth of 20
         skip = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.common.buffers()]}
         held: dict[int, int] = {}
 
@@ -120,7 +120,7 @@ def test_backward_keeps_a_few_numbers_a_token_and_nothing_of_the_layers_width() 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             y = model(x.requires_grad_())
         assert y.dtype == dtype
-        assert sum(held.values()) == 4 * (2 * 3 * 5 * 2 + 20 * 2)  # x A^T, its d-fold, and b B
+        assert sum(held.values()) == 4 * (3 * 5 + 20)  # x A^T and b B
 
 
 def test_a_saved_state_goes_on_bit_for_bit() -> None:

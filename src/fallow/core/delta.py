@@ -10,6 +10,8 @@ A method is one subclass of `Delta` in one file. It sees every weight as a matri
                                                 holds W' alone: hosts put back the W that they kept
     forward(x, y)         y' = g(x, y)          y is the layer's own output; cannot be merged
 
+and may write, for a plain Linear, `linear(x, W, bias)`, y' in one go; where `factors()` says it all, it is there.
+
 Trained tensors are `nn.Parameter`, frozen ones buffers (persistent: saved in the file; else drawn again from
 `site.generator()`). All of them are flat attributes of the Delta: no submodules. Tensors are made on the CPU, in
 torch's default dtype; the host moves them to the layer's device. `share(name, site, make)` makes one tensor for all
@@ -34,6 +36,7 @@ from torch import Tensor, nn
 
 from fallow.core.errors import ConfigError, ModelError, nearest
 from fallow.core.factored import through
+from fallow.core.low_rank_linear import low_rank_linear
 from fallow.core.views import View
 
 Mode = Literal["add", "weight", "output"]
@@ -171,6 +174,17 @@ class Delta(nn.Module):
         self.drop = drop if self.has_inputs and self.mode == "add" else 0.0
         if self.exact and type(self).delta_forward is Delta.delta_forward:
             self.any_dtype = True
+        self.has_linear = self.view.kind == "linear" and self.mode == type(self).mode and self._has_linear()
+
+    def _has_linear(self) -> bool:
+        """Whether `linear` says what the methods of the class do: none is written again in a class below it."""
+        below: set[str] = set()
+        for cls in type(self).__mro__:
+            if "linear" in vars(cls):
+                written = {"delta_weight", "delta_forward", "transform", "output", "forward"} & below
+                return not written and (self.exact if cls is Delta else "factors" not in below)
+            below.update(vars(cls))
+        return False
 
     # -- what a method writes -----------------------------------------------------------------------------------------
 
@@ -193,6 +207,13 @@ class Delta(nn.Module):
             b, a = self.factors()
             return through(self.view, x, a, b)
         return self.view.op(x, self.delta_weight())
+
+    def linear(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        """y' of a frozen Linear, W x + bias, with the change, where one operator for both is cheaper; in the dtype of
+        x, which is W's and no wider than the trained tensors'. x is whole: methods that drop of it do so here.
+        """
+        b, a = self.factors()
+        return low_rank_linear(x, w, bias, b, a)
 
     def transform(self, w: Tensor) -> Tensor:
         """W' (out, in) of W (out, in), differentiable; W itself must stay as it is."""

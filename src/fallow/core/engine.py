@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from fallow.core.delta import Delta
@@ -25,6 +26,7 @@ from fallow.core.errors import ConfigError
 from fallow.core.views import View
 
 Active = Sequence[tuple[Delta, float]]
+PLAIN = ("torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D")  # their forward is x Wᵀ + bias
 
 
 def run_deltas(
@@ -43,6 +45,8 @@ def run_deltas(
     """
     if view.kind == "parameter":
         return _in_place_of_parameter(layer, tensor, view, read, active, (x, *args), kwargs)
+    if len(active) == 1 and active[0][1] == 1.0 and not args and not kwargs and _plain_linear(layer, active[0][0], x):
+        return active[0][0].linear(x, view.read(cast(Tensor, layer.weight)), cast("Tensor | None", layer.bias))
     if view.alone and x.dim() == view.alone:
         return run_deltas(base, layer, tensor, view, read, active, x.unsqueeze(0), *args, **kwargs).squeeze(0)
     rewriting = False
@@ -63,6 +67,40 @@ def run_deltas(
             changed = delta.forward(inner, y)
             y = changed if scale == 1.0 else torch.lerp(y.to(changed.dtype), changed, scale)
     return y if y.dtype == dtype else y.to(dtype)
+
+
+def _plain_linear(layer: nn.Module, delta: Delta, x: Any) -> bool:
+    """Whether the base is x Wᵀ + bias and nothing else, which the Delta may so compute along with its change."""
+    if not delta.has_linear or torch.compiler.is_compiling():
+        return False
+    kind = getattr(type(layer), "plain", type(layer))
+    if f"{kind.__module__}.{kind.__name__}" not in PLAIN or type(x) not in (Tensor, nn.Parameter):
+        return False
+    held = layer.__dict__
+    weight, bias = held["_parameters"].get("weight"), held["_parameters"].get("bias")
+    return (
+        type(weight) is nn.Parameter
+        and not weight.requires_grad
+        and (bias is None or not bias.requires_grad)
+        and not (delta.drop and delta.training)
+        and weight.dtype == x.dtype
+        and torch.promote_types(x.dtype, delta.dtype) == delta.dtype
+        and "forward" not in held
+        and not (held["_forward_hooks"] or held["_forward_pre_hooks"])
+        and not (held["_backward_hooks"] or held["_backward_pre_hooks"])
+        and not _watched(x)
+    )
+
+
+def _watched(x: Tensor) -> bool:
+    """Whether someone takes operators apart: autocast, tracers, functional transforms, global hooks."""
+    return (
+        torch.is_autocast_enabled(x.device.type)
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or nn.modules.module._has_any_global_hook()
+    )
 
 
 def _input(delta: Delta, x: Tensor) -> Tensor:

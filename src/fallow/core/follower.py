@@ -28,6 +28,7 @@ class Follower:
     """What the engine asks of a Delta, on a follower's x and with its matrix; `turned`: the leader's transpose."""
 
     output = None
+    has_linear = False
 
     def __init__(self, delta: Delta, view: View, turned: bool) -> None:
         self.delta, self.view, self.turned = delta, view, turned

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fallow.core.delta import Delta, MethodOptions, Mode, Site, number, one_of, whole
 from fallow.core.errors import ConfigError
 from fallow.core.factored import through
+from fallow.core.low_rank_linear import low_rank_linear
 from fallow.core.views import ConvView, EmbeddingView
 
 
@@ -99,6 +100,11 @@ class Bone(Delta):
         change = _shard_sum(x, r, -1, self.shared_block.dtype) @ self.shared_block
         return change if q == self.view.shape[0] else change.repeat(*[1] * (x.dim() - 1), self.view.shape[0] // q)
 
+    def linear(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        if self.o.kind == "mini":
+            return (F.linear(x, w, bias) + self.delta_forward(x)).to(x.dtype)
+        return low_rank_linear(x, w, bias, self.shared_block.T, _Shards(self.shared_block.shape[0]))
+
     def _rows(self, x: Tensor, padding: int | None) -> Tensor:
         rows = F.embedding(x % self.shared_block.shape[0], self._block())
         # the row of the padding is read but gets no gradient, as in the layer itself
@@ -152,6 +158,24 @@ def _shard_sum(x: Tensor, r: int, dim: int, dtype: torch.dtype) -> Tensor:
         return whole_shards
     rest = x.narrow(dim, width - width % r, width % r).to(dtype)
     return whole_shards + F.pad(rest, [0, 0] * (x.dim() - 1 - dim) + [0, r - width % r])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shards:
+    """The 0/1 matrix that sums the shards of `width` features each, as `low_rank_linear` takes it."""
+
+    width: int
+
+    def down(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        return _shard_sum(rows, self.width, -1, dtype).T
+
+    def back(self, rows: Tensor, h: Tensor) -> None:
+        whole_shards = rows.shape[1] - rows.shape[1] % self.width
+        rows[:, :whole_shards].view(len(rows), -1, self.width).add_(h.T.unsqueeze(1))
+        rows[:, whole_shards:] += h.T[:, : rows.shape[1] - whole_shards]
+
+    def plain(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return _shard_sum(x, self.width, -1, dtype)
 
 
 class _Affine(torch.autograd.Function):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fallow.core.delta import Site
 from fallow.core.factored import down
+from fallow.core.low_rank_linear import column_sums, low_rank_linear, pieces
 from fallow.deltas.lora import FactorOptions, LoRA
 
 
@@ -55,6 +56,11 @@ class DoRA(LoRA):
         shift = (1 - c) * bias
         return changed + (shift if view.channels == -1 else shift.view(-1, *[1] * (y.dim() - 2)))
 
+    def linear(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        b, a = self.factors()
+        c = self.magnitude / self.row_norms(w, b, a)
+        return cast(Tensor, _Lengths.apply(low_rank_linear(x, w, bias, b, a), c, bias))
+
     @torch.no_grad()
     def row_norms(self, w: Tensor, b: Tensor, a: Tensor) -> Tensor:
         """n (out,) for W (out, in) and the scaled B, A."""
@@ -65,6 +71,36 @@ class DoRA(LoRA):
     @classmethod
     def parameter_count(cls, shape: tuple[int, int], options: Any) -> int:
         return LoRA.parameter_count(shape, options) + shape[0]
+
+
+class _Lengths(torch.autograd.Function):
+    """c z + (1 - c) bias of z (..., out), c (out,), in the dtype of z; what is made of z on the way is made by rows."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(z, c, bias)
+        return _lengthened(z, c, None if bias is None else (1 - c) * bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        z, c, bias = ctx.saved_tensors
+        into = _lengthened(grad, c, None) if ctx.needs_input_grad[0] else None
+        if torch.is_grad_enabled():
+            return into, (grad * (z if bias is None else z - bias)).flatten(0, -2).sum(0), None
+        grad, z = grad.reshape(-1, c.numel()), z.reshape(-1, c.numel())
+        grad_c = column_sums(grad, z)
+        return into, grad_c if bias is None else grad_c - grad.sum(0, dtype=c.dtype) * bias, None
+
+
+def _lengthened(z: Tensor, c: Tensor, shift: Tensor | None) -> Tensor:
+    """c z + shift, rounded once."""
+    if z.dtype == c.dtype:
+        return z * c if shift is None else torch.addcmul(shift, z, c)
+    out = torch.empty_like(z, memory_format=torch.contiguous_format)
+    for part in pieces(z.reshape(-1, c.numel()), c.numel()):
+        scaled = z.reshape(-1, c.numel())[part] * c
+        out.view(-1, c.numel())[part] = scaled if shift is None else scaled.add_(shift)
+    return out
 
 
 def _above_zero(norms: Tensor) -> Tensor:

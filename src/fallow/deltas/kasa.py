@@ -31,6 +31,7 @@ from fallow.core.bases import smallest
 from fallow.core.delta import Delta, MethodOptions, Site, number, one_of, whole
 from fallow.core.errors import ConfigError
 from fallow.core.factored import through
+from fallow.core.low_rank_linear import low_rank_linear
 
 
 class KaSA(Delta):
@@ -109,6 +110,13 @@ class KaSA(Delta):
             return update + through(self.view, x, self.cut_A, self.cut_B)
         b, a = self.factors()
         return through(self.view, x, a, b)
+
+    def linear(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        if self.context.get("truncated_only"):
+            return low_rank_linear(x, w, bias, self.cut_B, self.cut_A)
+        if self.share_of_input and self.training:
+            return (F.linear(x, w, bias) + self.delta_forward(x)).to(x.dtype)
+        return super().linear(x, w, bias)
 
     def loss(self) -> Tensor | None:
         """In r² (out + in) multiplications and r² numbers, whatever the batch."""

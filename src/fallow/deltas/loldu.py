@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from fallow.core.bases import OnBases, check_bases, ldu
 from fallow.core.delta import MethodOptions, Site, fits_rank, number, one_of, whole
+from fallow.core.low_rank_linear import low_rank_linear
 
 INITS = ("uniform", "lu", "normal", "constant", "ones", "zeros", "s_uniform", "s_normal")
 
@@ -110,6 +111,9 @@ class LoLDU(OnBases):
     def delta_forward(self, x: Tensor) -> Tensor:
         """For the backward only U_r x is kept, not x: the triangles have no gradients."""
         return self.view.up(self.view.scale(self.view.down(x, self.U), self.gates()), self.PL)
+
+    def linear(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        return low_rank_linear(x, w, bias, self.PL, self.U, self.gates())
 
     @classmethod
     def parameter_count(cls, shape: tuple[int, int], options: Any) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fallow.core.delta import Delta, MethodOptions, Site, fits_rank, number, one_of, whole
 from fallow.core.factored import down
 from fallow.core.linalg import low_rank
+from fallow.core.low_rank_linear import low_rank_linear
 
 
 class LoRAXS(Delta):
@@ -70,6 +71,9 @@ class LoRAXS(Delta):
         if self.view.kind == "parameter":
             return super().delta_forward(x)
         return self.view.up(self.view.mix(down(self.view, x, self.A), self.core()), self.B)
+
+    def linear(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        return low_rank_linear(x, w, bias, self.B, self.A, self.core())
 
     @classmethod
     def parameter_count(cls, shape: tuple[int, int], options: Any) -> int:

@@ -27,6 +27,7 @@ from fallow.core.bases import OnBases, all_triples, check_bases, leading, warn_i
 from fallow.core.delta import MethodOptions, Site, fits_rank, number, one_of, whole
 from fallow.core.errors import ConfigError
 from fallow.core.linalg import energy_rank
+from fallow.core.low_rank_linear import low_rank_linear
 
 
 class SVFit(OnBases):
@@ -101,6 +102,9 @@ class SVFit(OnBases):
     def delta_forward(self, x: Tensor) -> Tensor:
         """For the backward only V_rᵀ x is kept, not x: U and V have no gradients."""
         return self.view.up(self.view.scale(self.view.down(x, self.Vt), self.gates()), self.U)
+
+    def linear(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        return low_rank_linear(x, w, bias, self.U, self.Vt, self.gates())
 
     @classmethod
     def parameter_count(cls, shape: tuple[int, int], options: Any) -> int:

@@ -8,8 +8,8 @@ A (r, largest in) and B (largest out, r) are the same in all layers, which take 
 uniform in +-sqrt(6 / fan in), A drawn first and B after it from one generator of the seed: those that PEFT draws for
 `projection_prng_key` = seed, so its files, with or without the two, are ours with lambda_d = d and lambda_b = b.
 
-Where r is at most an eighth of out, b is folded into B: the backward keeps r numbers a token and nothing of the layer's
-width. Above that the product which folding adds to the backward costs more time than it is worth.
+Where r is at most a sixteenth of out, b is folded into B: the backward keeps r numbers a token and nothing of the
+layer's width. Above that the product which folding adds to the backward costs more time than it is worth.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from torch import Tensor, nn
 
 from fallow.core.delta import Delta, MethodOptions, Site, number, one_of, whole
 from fallow.core.factored import down
+from fallow.core.low_rank_linear import low_rank_linear
+
+FOLDED = 16  # how many times r goes into out where b is folded into B
 
 
 class VeRA(Delta):
@@ -77,9 +80,15 @@ class VeRA(Delta):
     def delta_forward(self, x: Tensor) -> Tensor:
         b, a = self.projections()
         h = self.view.scale(down(self.view, x, a), self.d)
-        if 8 * a.shape[0] <= b.shape[0]:
+        if FOLDED * a.shape[0] <= b.shape[0]:
             return self.view.up(h, self.b.unsqueeze(1) * b)
         return self.view.scale(self.view.up(h, b), self.b)
+
+    def linear(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        b, a = self.projections()
+        if FOLDED * a.shape[0] <= b.shape[0]:
+            return low_rank_linear(x, w, bias, self.b.unsqueeze(1) * b, a, self.d)
+        return low_rank_linear(x, w, bias, b, a, self.d, self.b)
 
     @classmethod
     def parameter_count(cls, shape: tuple[int, int], options: Any) -> int:
