@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fallow.core.delta import number, one_of
+from fallow.core.errors import TrainingError
 from fallow.optim.paired import PairedOptimizer, descend, has_gradient, moving, unstacked
 
 Rule = Literal["adamw", "sgd"]
@@ -25,8 +26,20 @@ Rule = Literal["adamw", "sgd"]
 
 def preconditioned(a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """g_A (k, r, in) and g_B (k, out, r) of the factors a, b and their gradients."""
-    unit = damping * torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
-    return torch.linalg.solve(b.mT @ b + unit, grad_a), torch.linalg.solve(a @ a.mT + unit, grad_b.mT).mT
+    return _divided(b.mT @ b, grad_a, damping), _divided(a @ a.mT, grad_b.mT, damping).mT
+
+
+def _divided(gram: Tensor, right: Tensor, damping: float) -> Tensor:
+    """(gram + damping I)⁻¹ right; the inverse in float64 where the device has it."""
+    wide = gram if gram.device.type == "mps" else gram.double()
+    unit = torch.eye(gram.shape[-1], dtype=wide.dtype, device=gram.device)
+    try:
+        inverse = torch.linalg.inv(wide + damping * unit)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        raise TrainingError(
+            "Riemannian: a factor's Gram matrix has no inverse: values are no numbers, or damping= is too small"
+        ) from None
+    return inverse.to(right.dtype) @ right
 
 
 class Riemannian(PairedOptimizer):
