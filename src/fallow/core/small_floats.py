@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-GOLDEN = 0x9E3779B1 - (1 << 32)  # 2^32 / the golden ratio, as int32: multiples of it fill the range evenly
-SALTS = (0x14057B7E, 0x5851F42D)
+# Fractions of 2^32 whose multiples fill the range most evenly: the golden ratio over the steps, where the mean counts;
+# the plastic number over the places.
+STEP, PLACE, SIGNED = 0x9E3779B9, 0xC13FA9A9, 0x5851F42D
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,14 @@ def to_bfloat16(x: Tensor, step: int, place: int = 0) -> Tensor:
 
 def _dither(like: Tensor, bits: int, step: int, signed: bool, place: int = 0) -> Tensor:
     """Whole numbers of so many bits, spread evenly over places and steps."""
-    first = (place * GOLDEN + step * SALTS[1] + signed * SALTS[0]) % (1 << 32)
-    first -= (first >> 31) << 32  # as int32
+    first = place * PLACE + step * STEP + signed * SIGNED
     places = torch.arange(like.numel(), dtype=torch.int32, device=like.device).view(like.shape)
-    return ((places.mul_(GOLDEN)).add_(first) >> 9).bitwise_and_((1 << bits) - 1)
+    return ((places.mul_(_int32(PLACE))).add_(_int32(first)) >> (32 - bits)).bitwise_and_((1 << bits) - 1)
+
+
+def _int32(number: int) -> int:
+    """The number modulo 2^32 as a signed one."""
+    return (number + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 def _packed(codes: Tensor) -> Tensor:

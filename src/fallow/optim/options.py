@@ -72,9 +72,13 @@ def _check_combination(made: Mapping[str, Any]) -> None:
     if basis.whole and not isinstance(rank, float):
         raise ConfigError(f"rank={rank} of basis='{basis.name}' must be the share of matrices with states, like 0.25")
     residual.check(basis)
-    inner.check(basis.sided)
+    inner.check(len(basis.seen(1, 2, 2)) > 1)
     if made["moments"] == "rotate" and not (basis.orthonormal and not basis.whole):
         raise ConfigError(f"moments='rotate' needs two bases to compare, which '{basis.name}' is not; take 'reset'")
+    if made["moments"] == "rotate" and not (basis.sided or all(inner.turns(key) for key in inner.powers)):
+        raise ConfigError(
+            f"moments='rotate': those of inner='{inner.name}' lie along one side, '{basis.name}' does not; take 'reset'"
+        )
     if made["lazy"] is not None and not (basis.orthonormal and basis.follows):
         raise ConfigError(f"lazy={made['lazy']} waits for a space that stays, and '{basis.name}' is drawn by chance")
     if made["stagger"] and basis.whole:

@@ -52,9 +52,9 @@ class Inner:
         """Update plain tensors at once, where the rule has a quicker way than `directions`; whether it has done so."""
         return False
 
-    def check(self, sided: bool) -> None:
-        """ConfigError where it cannot work on what a basis that does not lie along a side gives."""
-        if self.matrices and not sided:
+    def check(self, matrix: bool) -> None:
+        """ConfigError where a basis gives no matrices and the rule is one of matrices."""
+        if self.matrices and not matrix:
             raise ConfigError(
                 f"inner='{self.name}' works on matrices, and basis='entries' gives single entries; take 'coordinates', "
                 "or another rule"
