@@ -8,6 +8,7 @@ convert("community.safetensors", "fallow", Path("style.safetensors"), most=Most(
     full changes   by singular values (Truncation)   the same numbers   those that are not zero, or the largest
     sparse         by singular values (Truncation)   filled with zeros  the same numbers
     ours           as factors; others by Truncation  multiplied out     multiplied out, the largest entries kept
+    PEFT's VeRA, RandLoRA and MiSS as ours, its SHiRA as sparse, all beside their base
 
 Between the formats of one column of kinds nothing is rounded: there and back is the same, bit for bit.
 """
@@ -18,6 +19,7 @@ import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import torch
@@ -31,11 +33,12 @@ from fallow.recipes.adapter_files import adapter_size, kind_of, locate
 from fallow.recipes.adapters import unused
 from fallow.recipes.approximation import Losses, Most, factored, largest
 from fallow.recipes.checkpoint_tensors import Stored, network_tensors, real
-from fallow.recipes.formats import deltas, peft, reading, writing
-from fallow.recipes.formats.layers import Adapter, Dense, Factors, Format, Layers, part_of
+from fallow.recipes.formats import by_base, deltas, peft, reading, writing
+from fallow.recipes.formats.layers import Adapter, Dense, Factors, Format, Layers, different_alphas, evened, part_of
 
 FORMATS = get_args(Format)
 FACTORS = ("peft", "diffusers", "kohya", "kohya-ldm")
+ALPHAS = "diffusers takes one alpha for all attentions of kohya files, which differ here; give --to diffusers or --rank"
 LEAVES_DORA = "diffusers leaves out DoRA's magnitudes of kohya's files; it reads its own format, or give --rank"
 MOST_ENTRIES = 2**32  # of one weight; a file may claim any shape
 
@@ -63,7 +66,12 @@ def convert(
     check_output(output, to, overwrite)
     losses = Losses()
     remarks: list[str] = []
-    if deltas.is_one(place := locate(path)):
+    if (kind := by_base.type_of(place := locate(path))) in by_base.OURS:
+        with TemporaryDirectory() as room:
+            by_base.as_ours(place, base_weights(base), Path(room))
+            told = convert(room, to, output, truncation=truncation, most=most, base=base, dtype=dtype, overwrite=True)
+        return {**told, "from": f"PEFT's {kind}"}
+    if deltas.is_one(place):
         adapter = deltas.read(place, to, losses, base=base_weights(base), how=truncation if to in FACTORS else None)
     else:
         adapter = load(path, base)
@@ -74,6 +82,11 @@ def convert(
             raise ConfigError(f"a fraction or budget of entries is kept by sparse adapters, and {to} is none")
         if to in FACTORS:
             adapter, remarks = with_factors(adapter, truncation, dtype, losses)
+            if to.startswith("kohya") and different_alphas(adapter):
+                if deltas.is_one(place) and (truncation is not None or adapter.notes["method"] not in ("lora", "dora")):
+                    adapter = evened(adapter)  # nothing of what was trained goes over bit for bit anyway
+                else:
+                    remarks.append(ALPHAS)
             if to.startswith("kohya") and any(
                 getattr(one, "magnitude", None) is not None for *_, one in adapter.layers()
             ):
@@ -153,6 +166,8 @@ def load(path: str | Path, base: str | None = None) -> Adapter:
         return of_sparse(with_changes(SparseDelta.load(place), path, base), foreign=other_metadata(place))
     if kind == "parts":
         return _of_parts(place, base)
+    if kind == "peft" and by_base.type_of(place) == by_base.SPARSE:
+        return of_sparse(by_base.as_sparse(place, base_weights(base)))
     return reading.read(place)
 
 

@@ -18,7 +18,7 @@ from fallow.core.sparse import Entry, SparseDelta
 from fallow.recipes import convert
 from fallow.recipes.adapter_files import kind_of, locate
 from fallow.recipes.approximation import Losses, Most, largest, resized
-from fallow.recipes.formats.layers import Adapter, Dense, Layers
+from fallow.recipes.formats.layers import Adapter, Dense, Factors, Layers, evened
 from fallow.recipes.formats.patterns import whole
 
 RANK, ALPHA = "ss_network_dim", "ss_network_alpha"  # kohya's metadata
@@ -60,7 +60,6 @@ def resize(
 def _factors(adapter: Adapter, how: Truncation, dtype: torch.dtype | None, losses: Losses) -> Adapter:
     parts: dict[str, Layers] = {}
     ranks: set[int] = set()
-    alphas: set[float] = set()
     for part, name, layer in adapter.layers():
         if isinstance(layer, Dense):
             raise AdapterError(
@@ -70,12 +69,15 @@ def _factors(adapter: Adapter, how: Truncation, dtype: torch.dtype | None, losse
         losses.add(name if len(adapter.parts) == 1 else f"{part}.{name}", norm, missing, was=layer.rank, rank=made.rank)
         parts.setdefault(part, {})[name] = made
         ranks.add(made.rank)
-        alphas.add(made.alpha)
     foreign = dict(adapter.foreign)
+    result = Adapter(adapter.format, parts, adapter.base, adapter.notes, foreign)
+    if adapter.format.startswith("kohya"):
+        result = evened(result)
+    alphas = {layer.alpha for *_, layer in result.layers() if isinstance(layer, Factors)}
     for key, values in ((RANK, ranks), (ALPHA, alphas)):
         if key in foreign:
             foreign[key] = str(whole(values.pop())) if len(values) == 1 else "Dynamic"
-    return Adapter(adapter.format, parts, adapter.base, adapter.notes, foreign)
+    return result
 
 
 def _sparse(path: str | Path, output: Path, most: Most, base: str | None) -> dict[str, Any]:

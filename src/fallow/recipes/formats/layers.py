@@ -107,6 +107,24 @@ class Adapter:
         return sum(layer.trained for _, _, layer in self.layers())
 
 
+def different_alphas(adapter: Adapter) -> bool:
+    """Whether layers have alphas of their own, which diffusers does not heed in attentions of kohya's format."""
+    return len({layer.alpha for *_, layer in adapter.layers() if isinstance(layer, Factors)}) > 1
+
+
+def evened(adapter: Adapter) -> Adapter:
+    """The same changes with one alpha, the largest, in all layers; where it was smaller, up is."""
+    if not different_alphas(adapter):
+        return adapter
+    alpha = max(layer.alpha for *_, layer in adapter.layers() if isinstance(layer, Factors))
+    parts: dict[str, Layers] = {}
+    for part, name, layer in adapter.layers():
+        if isinstance(layer, Factors):
+            layer = Factors(layer.down, layer.up * (layer.alpha / alpha), alpha, layer.magnitude)
+        parts.setdefault(part, {})[name] = layer
+    return Adapter(adapter.format, parts, adapter.base, adapter.notes, adapter.foreign)
+
+
 def plain(name: str) -> str:
     """A weight's name without what only some versions of transformers put before the names of text encoders."""
     return name.removeprefix("text_model.")

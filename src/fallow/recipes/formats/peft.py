@@ -69,7 +69,10 @@ def read(folder: Path, part: str | None = None) -> Adapter:
             f"{folder} is of Fallow's '{config.get('method')}'; fallow adapter convert makes a LoRA of it, or merge it"
         )
     if kind != "LORA":
-        raise AdapterError(f"{folder} is PEFT's {kind}, and only its LoRA has another format; merge it instead")
+        raise AdapterError(
+            f"{folder} is PEFT's {kind}; only its LORA, VERA, RANDLORA, MISS and SHIRA have another format: merge it "
+            "instead"
+        )
     for name, (usual, what) in REFUSED.items():
         value = config.get(name)
         if value not in (usual, None, False, [], {}):

@@ -55,8 +55,9 @@ def read_foreign(folder: Path) -> Foreign:
     config = read_config(folder)
     kind = config.get("peft_type")
     if kind not in READERS:
+        hint = "; its SHIRA is read by fallow.SHiRA.from_peft(folder, model)" if kind == "SHIRA" else ""
         raise AdapterError(
-            f"{folder} is PEFT's {kind!r}, which has no counterpart here; those of {', '.join(READERS)} can be read"
+            f"{folder} is PEFT's {kind!r}, which is none of {', '.join(READERS)}, that can be read here{hint}"
         )
     _refuse(folder, config, REFUSED | MORE.get(str(kind), {}))
     file = folder / WEIGHTS
