@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import peft
 import pytest
@@ -10,9 +11,11 @@ import torch
 from one_layer import LAYERS, OneLayer, backward_both, inputs, train, with_matrix
 from torch import Tensor, nn
 
+import fallow
+from fallow.core import schedule
 from fallow.core.errors import ConfigError
 from fallow.core.views import view_of
-from fallow.deltas.sora import SoRA, soft_threshold
+from fallow.deltas.sora import SoRA, begin_stage, soft_threshold, stages
 
 ALL = sorted(LAYERS)
 
@@ -202,6 +205,38 @@ def test_fewer_gates_survive_the_larger_the_threshold_and_layers_differ() -> Non
     assert totals[-1] == 0
     assert 0 < totals[2] < 12
     assert any(a != b for a, b in left)
+
+
+def test_stages_have_the_thresholds_of_the_papers_three_schedules() -> None:
+    assert stages(0.0, 6e-4, 4) == pytest.approx([0.0, 2e-4, 4e-4, 6e-4])
+    assert stages(1e-4, 8e-4, 4, "exp_linear") == pytest.approx([1e-4, 2e-4, 4e-4, 8e-4])
+    log_linear = torch.linspace(math.e**0.5, math.e**2, 5, dtype=torch.float64).log().tolist()
+    assert stages(0.5, 2.0, 5, "log_linear") == pytest.approx(log_linear)
+    for given, told in (((0.0, 1e-3, 4, "exp_linear"), "first=0.0"), ((1e-3, 1e-4, 4), "last=0.0001"),
+                        ((0.0, 1e-3, 1), "count=1"), ((0.0, 1e-3, 4, "cosine"), "shape='cosine'")):  # fmt: skip
+        with pytest.raises(ConfigError, match=told):
+            stages(*given)
+
+
+def test_a_stage_goes_on_from_the_weights_at_its_threshold_and_from_its_first_step() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    fallow.attach(model, "sora", rank=4, threshold=0.1)
+    schedule.resolve(model, 2)
+    gates = [param for name, param in model.named_parameters() if name.endswith("gate")]
+    with torch.no_grad():
+        for gate in gates:
+            gate.fill_(1.0)
+    for _ in range(2):  # without an optimizer: gates lose thresholds alone, which fall with the rate
+        fallow.step(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert all(torch.allclose(gate, torch.tensor(0.85)) for gate in gates)
+    begin_stage(model, 0.2, total=4)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for _ in range(4):
+        fallow.step(model)
+    assert all(torch.allclose(gate, torch.tensor(0.85 - 0.2 * (1 + 0.75 + 0.5 + 0.25))) for gate in gates)
+    with pytest.raises(ConfigError, match="has no SoRA"):
+        begin_stage(nn.Linear(2, 2), 0.1, total=4)
 
 
 def test_the_l1_term_is_the_weighted_sum_of_gates_and_off_by_default() -> None:

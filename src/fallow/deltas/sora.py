@@ -9,6 +9,11 @@ The second line is the proximal step of an L1 penalty on g; it comes after the o
 zero a gate still has a gradient, so it leaves zero where one step exceeds xi; meanwhile its row of A and its column of
 B have none. Give gates no weight decay and, where wished, a rate of their own: they are the parameters called `gate`.
 
+The paper's sparsifying schedule, a path from dense to sparse at which quality can be read off, is a loop:
+
+    for xi in stages(0.0, 7e-4, 7):
+        begin_stage(model, xi, total=1000)      # then train, with a fresh schedule of the learning rate, and evaluate
+
 To cut: `resize((importance() > 0).sum())`; a layer without survivors keeps one rank that does nothing, or loses its
 adapter. `factors()` holds the gates, so that what is exported is a plain LoRA.
 """
@@ -16,11 +21,13 @@ adapter. `factors()` holds the gates, so that what is exported is a plain LoRA.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fallow.core import schedule
 from fallow.core.delta import MethodOptions, Site, number, one_of, whole
 from fallow.core.errors import ConfigError
 from fallow.deltas.lora import LoRA
@@ -123,6 +130,40 @@ class SoRA(LoRA):
     def resized_options(self, rank: int, s: float) -> MethodOptions:
         changed: MethodOptions = dataclasses.replace(self.o, rank=rank, alpha=s * rank, scaling="standard")
         return changed
+
+
+def stages(first: float, last: float, count: int, shape: str = "linear") -> list[float]:
+    """The thresholds of the paper's sparsifying schedule: `count` of them, `first` of the first full training.
+
+    `shape`: "linear", evenly spaced; "log_linear", logarithms of evenly spaced powers of e; "exp_linear", of one ratio,
+    which needs a `first` above 0. ConfigError for what cannot be.
+    """
+    number("first", first, open_below=shape == "exp_linear")
+    number("last", last, least=first)
+    whole("count", count, 2)
+    one_of("shape", shape, ("linear", "log_linear", "exp_linear"))
+    shares = [i / (count - 1) for i in range(count)]
+    if shape == "linear":
+        return [first + share * (last - first) for share in shares]
+    if shape == "exp_linear":
+        return [first * (last / first) ** share for share in shares]
+    return [first + math.log1p(share * math.expm1(last - first)) for share in shares]
+
+
+def begin_stage(model: nn.Module, threshold: float, total: int) -> None:
+    """Go on from the weights as they are, at another threshold, with steps that count from 1 to `total` again.
+
+    Give the optimizer a fresh schedule of its rate too: with one that has run out nothing but the gates would move.
+    ConfigError where the model has no SoRA.
+    """
+    number("threshold", threshold)
+    deltas = [delta for delta in model.modules() if isinstance(delta, SoRA) and hasattr(delta.o, "threshold")]
+    if not deltas:
+        raise ConfigError(f"{type(model).__name__} has no SoRA; fallow.attach(model, 'sora') adds one")
+    schedule.resume(model, 0)
+    schedule.resolve(model, total)
+    for delta in deltas:
+        delta.o = dataclasses.replace(delta.o, threshold=threshold)
 
 
 def check_gates(options: Any) -> None:
