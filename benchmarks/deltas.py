@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deltas_cases import Setting, Variant, kasa_term, lora, variants
+from deltas_cases import PEERS_OF_CONVS, Setting, Variant, kasa_term, lora, variants
 from deltas_measures import Contender, ratio, turns
 from peft import get_peft_model
 
@@ -65,10 +65,11 @@ class Bench:
         return self.kept[key, rank]
 
     def cases(self, variant: Variant) -> list[dict[str, Any]]:
-        """One on the usual layers; where that has convolutions, which no version of PEFT takes, another for it."""
+        """One on the usual layers; where they have convolutions and PEFT's own version takes none, another for it."""
         convs = variant.convs and self.setting.kind == "unet"
-        found = [self.case(variant, convs, alike=True, own=not convs)]
-        if convs and variant.peer is not None and variant.label != "lora":
+        together = not convs or variant.label in PEERS_OF_CONVS
+        found = [self.case(variant, convs, alike=True, own=together)]
+        if not together and variant.peer is not None:
             found.append(self.case(variant, False, alike=False, own=True))
         return found
 
@@ -124,13 +125,11 @@ def hardware() -> dict[str, Any]:
 
 
 def merged(place: Path, fresh: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The cases of a result file with those measured now in the place of their older selves."""
-    if not place.exists():
-        return fresh
-    now = {(case["variant"], case["convolutions"]): case for case in fresh}
-    old = json.loads(place.read_text(encoding="utf-8"))["cases"]
-    kept = [now.pop((case["variant"], case["convolutions"]), case) for case in old]
-    return [*kept, *now.values()]
+    """The cases of a result file, in its order, with those measured now in the place of their variants' older ones."""
+    old = json.loads(place.read_text(encoding="utf-8"))["cases"] if place.exists() else []
+    order = dict.fromkeys(case["variant"] for case in (*old, *fresh))
+    now = {case["variant"] for case in fresh}
+    return [case for name in order for case in (fresh if name in now else old) if case["variant"] == name]
 
 
 def write(place: Path, told: dict[str, Any]) -> None:

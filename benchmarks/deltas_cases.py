@@ -91,7 +91,6 @@ class Variant:
     options: dict[str, Any]
     peer: Peer | None = None
     peer_name: str = ""
-    extra: bool = False  # no default: left out where there are many to measure
 
     @property
     def convs(self) -> bool:
@@ -149,6 +148,7 @@ PEERS: dict[str, tuple[str, Peer]] = {  # by label
     "kasa": ("PEFT KaSA", _kasa),
     "shira": ("PEFT SHiRA", lambda names: ShiraConfig(r=8, target_modules=names)),
 }
+PEERS_OF_CONVS = ("lora", "dora")  # the others take linear layers only
 PEERS["randlora peft"] = PEERS["randlora rewritten"] = PEERS["randlora"]
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "bone mini": ("bone", {"kind": "mini"}),
@@ -167,17 +167,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {"wara-spatial": {}, "shira": {"r": 8}}
 def variants(setting: Setting, chosen: Sequence[str] | None = None) -> Iterator[Variant]:
     """Every method at its defaults, then the variants; of those with `chosen` slugs or labels. ValueError for others.
 
-    Only the transformer in float32 is given all variants, others those that have a peer.
+    The transformer in bfloat16 is given those variants only that have a peer, the UNet none but the defaults.
     """
     full = setting.kind == "transformer" and setting.dtype == torch.float32
     every = {name: (name, DEFAULTS.get(name, {})) for name in sorted(REGISTRY)} | {"shira": ("shira", {"r": 8})} | MORE
     if unknown := set(chosen or ()) - set(every):
         raise ValueError(f"{', '.join(sorted(unknown))}: no such method; choose from {', '.join(every)}")
     for label, (method, options) in every.items():
-        asked = method in chosen or label in chosen if chosen else full or label not in MORE or label in PEERS
-        if not asked:
+        few = label not in MORE or (label in PEERS and setting.kind == "transformer")
+        if not (method in chosen or label in chosen if chosen else full or few):
             continue
         if method == "wara-spatial" and setting.kind == "unet":
             options = {**options, "prefix": 0}
         peer_name, peer = PEERS.get(label, ("", None))
-        yield Variant(label, method, options, peer, peer_name, label in MORE)
+        yield Variant(label, method, options, peer, peer_name)

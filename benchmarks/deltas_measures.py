@@ -34,6 +34,7 @@ class Contender:
         term: Term = lambda net: None,
     ) -> None:
         self.name, self.setting, self.context, self.term = name, setting, context, term
+        gc.collect()  # what an earlier profile has seen made must not be seen to go in this one
         with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             self.net: PeftModel = get_peft_model(setting.base(), config)
             self.step()

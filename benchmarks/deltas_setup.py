@@ -3,9 +3,9 @@
     python benchmarks/deltas_setup.py --out benchmarks/results
 
 The encoder is a ViT of 6 layers and width 512 (19.4 M parameters, random), all of its 36 linear layers adapted by
-`get_peft_model`; PEFT's own version of a method, where it has one, takes turns with ours. Seconds are the least of the
-turns, of processor time (of all threads together) and of wall clock, with one thread and with two. The wall clock says
-little where the machine does other things: its load is told.
+`get_peft_model`; PEFT's own version of a method, where it has one, takes turns with ours on one thread. Seconds are the
+least of the turns, of processor time (of all threads together, which wait without working) and of wall clock, with one
+thread and with two. The wall clock says little where the machine does other things: its load is told.
 
 Decompositions are those of the methods, at their default ranks, of matrices (512, 512) and (2048, 512): random ones,
 whose flat spectrum is the hardest case of the range finder, and ones whose k-th singular value is 1 / k.
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import time
 import warnings
@@ -28,14 +27,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deltas_cases import Setting, Variant, lora, variants
+from deltas_cases import Setting, Variant, variants
 from peft import PeftConfig, get_peft_model
 from torch import Tensor
 
-from deltas import hardware
+from deltas import hardware, write
 from fallow.core.bases import all_triples, ldu, leading, smallest
-from fallow.core.files import atomic_write
 from fallow.core.linalg import Triples, low_rank
+
+LONG = 3.0
 
 
 def attached(setting: Setting, config: PeftConfig) -> tuple[float, float]:
@@ -46,27 +46,31 @@ def attached(setting: Setting, config: PeftConfig) -> tuple[float, float]:
     return time.process_time() - processor, time.perf_counter() - wall
 
 
-def least(setting: Setting, makers: list[Callable[[], PeftConfig]], repeats: int) -> list[dict[str, float]]:
-    """Of each maker's configs, which take turns."""
-    taken: list[list[tuple[float, float]]] = [[] for _ in makers]
+def least(setting: Setting, makers: dict[str, Callable[[], PeftConfig]], repeats: int) -> dict[str, dict[str, float]]:
+    """Of each maker's configs, which take turns; one turn of those that take longer than LONG seconds."""
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in makers}
     for _ in range(repeats):
-        for at, make in enumerate(makers):
-            taken[at].append(attached(setting, make()))
-    return [{"processor": min(one for one, _ in pairs), "wall": min(two for _, two in pairs)} for pairs in taken]
+        for name, make in makers.items():
+            if not taken[name] or taken[name][0][0] < LONG:
+                taken[name].append(attached(setting, make()))
+    return {
+        name: {"processor": min(one for one, _ in pairs), "wall": min(two for _, two in pairs)}
+        for name, pairs in taken.items()
+    }
 
 
 def attaching(setting: Setting, variant: Variant, repeats: int) -> dict[str, Any]:
+    """Ours and PEFT's own on one thread, ours on two."""
     names = setting.targets(False)
-    makers: list[Callable[[], PeftConfig]] = [lambda: variant.config(names)]
-    if variant.peer is not None:
-        makers.append(lambda: variant.peer(names) if variant.peer else lora(names))
+    ours = {"ours": lambda: variant.config(names)}
+    peer = variant.peer
+    both = ours if peer is None else {**ours, "peft": lambda: peer(names)}
     row: dict[str, Any] = {"variant": variant.label, "method": variant.method, "options": variant.options}
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        found = least(setting, makers, repeats)
-        row[f"threads {threads}"] = dict(zip(("ours", "peft"), found, strict=False))
-        row["load"] = os.getloadavg()[0]
+    row["threads 1"] = least(setting, both, repeats)
+    torch.set_num_threads(2)
+    row["threads 2"] = least(setting, ours, repeats)
     torch.set_num_threads(1)
+    row["load"] = os.getloadavg()[0]
     return row
 
 
@@ -140,24 +144,26 @@ def main() -> None:
     gc.freeze()
     setting = Setting("transformer", width=512)
     parameters = sum(param.numel() for param in setting.original.parameters())
-    rows = []
-    for variant in variants(setting, given.methods):
-        rows.append(attaching(setting, variant, given.repeats))
-        told = [
-            f"{threads}: {who} {seconds['processor']:.2f} s processor, {seconds['wall']:.2f} s wall"
-            for threads in ("threads 1", "threads 2")
-            for who, seconds in rows[-1][threads].items()
-        ]
-        print(f"{variant.label:20} {' | '.join(told)}", flush=True)
-    losses = {}
+    place = given.out / f"deltas-setup-{given.tag}.json" if given.out else None
+    told: dict[str, Any] = {**hardware(), "parameters": parameters, "repeats": given.repeats, "errors": {}}
     for name, errors in DECOMPOSITIONS.items():
-        losses[name] = {shape: errors(w) for shape, w in matrices()}
-        for shape, found in losses[name].items():
-            print(f"{name:32} {shape:20} " + ", ".join(f"{what} {error:.1e}" for what, error in found.items()))
-    if given.out:
-        whole = {**hardware(), "parameters": parameters, "repeats": given.repeats, "attaching": rows, "errors": losses}
-        with atomic_write(given.out / f"deltas-setup-{given.tag}.json") as part:
-            part.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        told["errors"][name] = {shape: errors(w) for shape, w in matrices()}
+        for shape, found in told["errors"][name].items():
+            print(
+                f"{name:32} {shape:20} " + ", ".join(f"{what} {error:.1e}" for what, error in found.items()), flush=True
+            )
+    told["attaching"] = []
+    for variant in variants(setting, given.methods):
+        row = attaching(setting, variant, given.repeats)
+        told["attaching"].append(row)
+        figures = [
+            f"{threads}, {who}: {seconds['processor']:.2f} s processor, {seconds['wall']:.2f} s wall"
+            for threads in ("threads 1", "threads 2")
+            for who, seconds in row[threads].items()
+        ]
+        print(f"{variant.label:20} {' | '.join(figures)}", flush=True)
+        if place is not None:
+            write(place, told)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "docs")]
 
 from capability_page import capability_page  # noqa: E402
+from comparison_tables import filled  # noqa: E402
 from method_pages import method_page, title  # noqa: E402
 
 from fallow import catalogue  # noqa: E402
@@ -51,6 +52,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Fill in the marks: the tables of the commands, and the picture where it has been made."""
     if "<!-- commands -->" in markdown:
         markdown = markdown.replace("<!-- commands -->", "\n\n".join(commands()))
+    markdown = filled(markdown)
     picture = "![the base model, SaRA, real pictures of the style](assets/readme.png)"
     made = (ROOT / "docs/assets/readme.png").exists()
     return markdown.replace("<!-- picture -->", picture if made else "")

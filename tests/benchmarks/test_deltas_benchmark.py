@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import sys
@@ -20,9 +21,11 @@ deltas, cases, measures, setup, lines = (
 Small = partial(cases.Setting, width=64)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def setting():
-    return Small("transformer")
+    gc.freeze()  # each measurement collects garbage, among all that other tests have imported
+    yield Small("transformer")
+    gc.unfreeze()
 
 
 def test_every_method_of_the_package_is_measured_and_others_are_refused(setting):
@@ -70,18 +73,25 @@ def test_ratios_are_of_pairs_and_of_the_fastest():
     assert found == {"time_ratio": 1.5, "time_ratio_of_fastest": 0.5}
 
 
-def test_what_was_measured_before_stays_where_only_some_are_measured_again(tmp_path, monkeypatch, capsys):
+def test_a_run_writes_its_figures_and_where_they_were_taken(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(deltas, "Setting", Small)
     place = tmp_path / "figures.json"
-    assert deltas.run("transformer", ["vera", "lora"], 1, place)
-    before = json.loads(place.read_text())
     assert deltas.run("transformer", ["lora"], 2, place)
-    after = json.loads(place.read_text())
-    assert [case["variant"] for case in after["cases"]] == ["lora", "vera"]
-    assert after["cases"][1] == before["cases"][1]
-    assert len(after["cases"][0]["each"]) == 2
-    assert after["versions"]["torch"] == torch.__version__
-    assert capsys.readouterr().out.count("PEFT LoRA r=") == 3
+    told = json.loads(place.read_text())
+    (case,) = told["cases"]
+    assert (case["variant"], case["layers"], len(case["each"])) == ("lora", 36, 2)
+    assert case["against"][0]["trained"] == case["trained"] == 8 * 6 * (4 * 128 + 2 * 320)
+    assert case["against"][0]["peak_ratio"] < 1.05
+    assert told["versions"]["torch"] == torch.__version__
+    assert capsys.readouterr().out.count("PEFT LoRA r=8") == 1
+
+
+def test_what_was_measured_before_stays_where_only_some_are_measured_again(tmp_path):
+    place = tmp_path / "figures.json"
+    assert deltas.merged(place, [{"variant": "bone"}]) == [{"variant": "bone"}]
+    deltas.write(place, {"cases": [{"variant": name, "old": at} for at, name in enumerate(["bone", "vera", "bone"])]})
+    fresh = [{"variant": "lora"}, {"variant": "bone", "new": 1}]
+    assert deltas.merged(place, fresh) == [{"variant": "bone", "new": 1}, {"variant": "vera", "old": 1}, fresh[0]]
 
 
 def test_errors_of_decompositions_are_those_of_the_decomposition():
