@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from capability_probes import (
     with_the_same_gradients,
 )
 from delta_checks import Case
-from entries_hosts import CONFIGS, OwnEntries, PeftEntries
+from entries_hosts import OwnEntries, PeftEntries
 from torch import Tensor
 
 import fallow
@@ -121,11 +120,6 @@ def compiled_in_parts(tried: Tried) -> None:
         ) from None
 
 
-def of_stacks(tried: Tried) -> None:
-    assert not any(field.name == "target_parameters" for field in dataclasses.fields(CONFIGS[tried.method.name]))
-    raise NotApplicable("its config has no target_parameters; the optimizer over the model takes such stacks")
-
-
 def added_entries(tried: Tried) -> str:
     _, model, _ = two(tried)
     model.base_model.add_weighted_adapter(["default", "other"], [0.5, 2.0], "sum", "linear")
@@ -155,5 +149,5 @@ OTHERWISE: dict[type, dict[str, Callable[[Tried], str | None]]] = {
         "sum_cut": not_applicable("sums of chosen entries are exact; nothing is cut"),
         "merge_coded": not_applicable("the entries stand beside the code, which stays"),
     },
-    PeftEntries: {**OF_BOTH, "experts": of_stacks, "sum": added_entries, "compile": compiled_in_parts},
+    PeftEntries: {**OF_BOTH, "sum": added_entries, "compile": compiled_in_parts},
 }

@@ -309,7 +309,8 @@ def test_ranks_scales_and_any_option_are_told_by_module():
         ({"patterns": {"(": {"rank": 2}}}, r"patterns: '\(' is no regular expression"),
         ({"own_loss": "always"}, "own_loss='always' must be one of"),
         ({"target_modules": None}, "target_modules=None adapts nothing"),
-        ({"target_modules": ["5"]}, "5"),
+        ({"target_modules": ["5"]}, r"target_modules=\['5'\] leave nothing of .* what would have fitted: 0, 2, 4"),
+        ({"exclude_modules": ["0", "2", "4"]}, r"exclude_modules=\['0', '2', '4'\] leave nothing of"),
         ({"fused": {"0": 3}}, "fused=3 does not divide the 8 rows"),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any, cast, get_args
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.integrations import init_empty_weights
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
@@ -29,6 +30,11 @@ from fallow.core.views import view_of
 
 LAYERS = (*LINEAR, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention)
 ALL = "all-layers"
+SHOWN = 8  # names that an error tells of
+
+
+class NoTargetError(ConfigError, NoMatchingPeftModuleError):
+    """Nothing of the model is meant; PEFT's own error too, for programs that wait for it."""
 
 
 class FallowModel(BaseTuner):
@@ -60,6 +66,9 @@ class FallowModel(BaseTuner):
             watch(deltas, cast(FallowConfig, config).expect_gradients)
             if deltas:
                 Shared.put(model, adapter_name, common, trained, next(iter(sites)).layer)
+        except NoMatchingPeftModuleError as error:
+            self._loading.undo()
+            raise _no_target(model, self._adapting) from error
         except Exception:  # whatever it was, the model is put back as it was and the error goes on
             self._loading.undo()
             raise
@@ -82,11 +91,7 @@ class FallowModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         if peft_config.target_modules == ALL:
-            peft_config.target_modules = {
-                name.replace(".base_layer", "")
-                for name, module in self.model.named_modules()
-                if isinstance(module, LAYERS) and not _inside_an_adapter(name)
-            }
+            peft_config.target_modules = set(_all_layers(self.model))
         return peft_config
 
     def _create_and_replace(
@@ -305,6 +310,27 @@ def _with_names(module: nn.Module, args: Any, kwargs: Mapping[str, Any], adapter
 
 def _layers(model: nn.Module) -> list[FallowLayer]:
     return [module for module in model.modules() if isinstance(module, FallowLayer)]
+
+
+def _all_layers(model: nn.Module) -> list[str]:
+    """The names of all layers of the kinds that are adapted, whatever is around them."""
+    return [
+        name.replace(".base_layer", "")
+        for name, module in model.named_modules()
+        if isinstance(module, LAYERS) and not _inside_an_adapter(name)
+    ]
+
+
+def _no_target(model: nn.Module, config: FallowConfig) -> NoTargetError:
+    """What was asked for, and what would have fitted."""
+    fields = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_to_transform")
+    given = {name: value for name in fields if (value := getattr(config, name, None))}
+    told = ", ".join(f"{name}={sorted(v) if isinstance(v, set) else v!r}" for name, v in given.items())
+    last = list(dict.fromkeys(name.rpartition(".")[2] for name in _all_layers(model) if name))
+    more = f" and {len(last) - SHOWN} more" if len(last) > SHOWN else ""
+    fit = f"what would have fitted: {', '.join(last[:SHOWN])}{more}" if last else "it has no layer that would fit"
+    own = "; weights that a module reads itself go by target_parameters" if hasattr(config, "target_parameters") else ""
+    return NoTargetError(f"{told} leave nothing of {type(model).__name__} to adapt; {fit}{own}")
 
 
 def _inside_an_adapter(name: str) -> bool:
