@@ -107,17 +107,8 @@ def run(peft: Path, methods: dict[str, dict[str, object]], arguments: list[str])
             print(f"{module} has another form than it had in PEFT 0.21.2; adapt this script", file=sys.stderr)
             return 2
         module.write_text(replaced, encoding="utf-8")
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            str(module),
-            "-k",
-            " and not ".join([MARK, *DEPARTURES]),
-            "-q",
-            "-p",
-            "no:cacheprovider",
-        ]
+        wanted = ["-k", " and not ".join([MARK, *DEPARTURES])]
+        command = [sys.executable, "-m", "pytest", str(module), *wanted, "-q", "-p", "no:cacheprovider"]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": place}
         return subprocess.call([*command, *arguments], cwd=place, env=environment)
 

@@ -85,8 +85,8 @@ def compose(b: Tensor, a: Tensor, values: Tensor, index: Tensor, scale: float, b
     """base + s B A + S (out, in), differentiable; no other matrix of this size is made, in the backward neither."""
     w = (b * scale) @ a if base is None else torch.addmm(base, b * scale, a)
     if torch.compiler.is_compiling():
-        return w.flatten().scatter_add(0, index.long(), values).view_as(w)
-    return cast(Tensor, _Add.apply(w, values, index))
+        return w.flatten().scatter_add(0, index.long(), values.to(w.dtype)).view_as(w)
+    return cast(Tensor, _Add.apply(w, values.to(w.dtype), index))  # autocast makes the product in its own dtype
 
 
 class _Add(torch.autograd.Function):

@@ -62,7 +62,7 @@ class FallowLayer(nn.Module, Holder):
         return cast(nn.Parameter, self.get_base_layer()._parameters[self.tensor])
 
     def add(self, adapter_name: str, delta: nn.Module, trained: bool) -> None:
-        self.fallow_delta[adapter_name] = delta.requires_grad_(trained)
+        self.fallow_delta[adapter_name] = delta.requires_grad_(trained).train(self.training)
         self.scaling[adapter_name] = 1.0
         make = kind_of(delta)
         if make not in self.kinds:
