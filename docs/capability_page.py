@@ -18,7 +18,7 @@ HEADS = {
     "use": ("Use", "On one linear layer."),
     "bases": ("Bases in fewer bits", "A linear layer whose weight is kept so."),
     "training": ("Training", ""),
-    "conversion": ("As a plain LoRA", ""),
+    "conversion": ("As a plain LoRA", "*Its own factors*: `to_lora` as it is; *by error*: it wants a bound, this one."),
 }
 PEFT = "PEFT"
 NO_CONFIG = "it has no PEFT config"
