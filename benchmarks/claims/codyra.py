@@ -21,7 +21,7 @@ import fallow
 from fallow.deltas.lora import LoRA
 from fallow.deltas.sora import SoRA
 
-STEPS, LRS = 300, (3e-3, 1e-2, 3e-2)
+STEPS, LRS = 300, (3e-3, 1e-2, 3e-2, 1e-1)
 CONTENDERS = {  # method, options, factor of the gates' learning rate
     "LoRA r=1": ("lora", {"rank": 1}, 1.0),
     "LoRA r=16": ("lora", {"rank": 16}, 1.0),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from protocol import Contender, Setting, arguments, compare
 
-LRS = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+LRS = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 if __name__ == "__main__":
     nola = {"rank": 4, "alpha": 4.0}

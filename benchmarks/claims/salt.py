@@ -13,7 +13,7 @@ from protocol import Contender, Setting, arguments, compare
 HIGH = (1e-2, 3e-2, 1e-1, 3e-1)
 
 CONTENDERS = [
-    Contender("full", "full", lrs=(3e-4, 1e-3, 3e-3, 1e-2)),
+    Contender("full", "full", lrs=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
     Contender("LoRA r=2", "lora", {"rank": 2}),
     Contender("LoRA r=3", "lora", {"rank": 3}),
     Contender("scale and shift", "salt", {"top": 128}, lrs=HIGH),

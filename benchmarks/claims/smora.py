@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import fallow
 from fallow.deltas.smora import SMoRA
 
-STEPS, LRS = 800, (5e-3, 1e-2)
+STEPS, LRS = 800, (1e-3, 3e-3, 1e-2, 3e-2)
 CONTENDERS = {
     "LoRA r=4": ("lora", {"rank": 4, "alpha": 16.0}),
     "LoRA r=8": ("lora", {"rank": 8, "alpha": 16.0}),

@@ -15,7 +15,7 @@ from torch import nn
 from fallow.deltas.lora import LoRA
 from fallow.deltas.sora import SoRA
 
-LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+LRS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 CONTENDERS = [
     *(Contender(f"LoRA r={rank}", "lora", {"rank": rank, "alpha": 2.0 * rank}) for rank in (8, 3, 1)),
     *(

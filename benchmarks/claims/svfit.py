@@ -10,7 +10,7 @@ from protocol import Contender, Setting, arguments, compare
 HIGH = (1e-2, 3e-2, 1e-1, 3e-1)
 
 CONTENDERS = [
-    Contender("full", "full", lrs=(3e-4, 1e-3, 3e-3, 1e-2)),
+    Contender("full", "full", lrs=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
     Contender("LoRA r=1", "lora", {"rank": 1}),
     Contender("LoRA r=4", "lora", {"rank": 4}),
     Contender("SVFit full", "svfit", lrs=HIGH),
