@@ -16,7 +16,8 @@ are matrices; all states are plain tensors and numbers; a refresh that meets a z
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -24,19 +25,16 @@ from torch import Tensor, nn
 
 from fallow.core.errors import ConfigError
 from fallow.core.select import Patterns
-from fallow.optim import moments as states
-from fallow.optim import refresh
+from fallow.optim import updating
 from fallow.optim.bases.basis import Basis
 from fallow.optim.groups import grouped
+from fallow.optim.in_backward import InBackward
 from fallow.optim.inner.rule import Inner
-from fallow.optim.options import PARTS, check_options, with_parts
+from fallow.optim.options import PARTS, check_mode, check_options, with_parts
 from fallow.optim.parts import described
-from fallow.optim.residuals.residual import Move, Residual
+from fallow.optim.residuals.residual import Residual
 from fallow.optim.site import Site
-from fallow.optim.writing import begin_rounding, check_rounding, move_weight
-
-TOGETHER = {"cpu": 1 << 20}  # entries of gradients that are treated together: what stays in a core's cache
-TOGETHER_ON_ACCELERATOR = 1 << 22  # there launches cost more than memory
+from fallow.optim.writing import check_rounding
 
 
 class LowRank(torch.optim.Optimizer):
@@ -52,6 +50,9 @@ class LowRank(torch.optim.Optimizer):
     tensors that take the inner rule plainly, `plain_inner`: another rule for them. `state_dtype`: fp32 | bf16 | 8bit |
     4bit; `basis_dtype`: fp32 | bf16 | int8 | nf4 (`optim.moments`). `rounding` of weights of low precision: nearest |
     stochastic | compensated (`optim.writing`). `seed`: of everything drawn.
+
+    `mode`: step; or in_backward, which moves each weight within the backward pass and frees its gradient, with
+    `accumulate` passes a step and `max_norm` to clip by (`optim.in_backward`); `step()` then ends the step.
 
     ConfigError for values that cannot be, when the optimizer or a group is made. TrainingError where a basis is due and
     the gradient is not finite; nothing has changed then.
@@ -85,10 +86,16 @@ class LowRank(torch.optim.Optimizer):
         include: Patterns = None,
         exclude: Patterns = None,
         largest_side: int | None = None,
+        mode: str = "step",
+        accumulate: int = 1,
+        max_norm: float | None = None,
     ) -> None:
-        apart = ("self", "params", "include", "exclude", "__class__")
+        apart = ("self", "params", "include", "exclude", "mode", "accumulate", "max_norm", "__class__")
         defaults = {key: value for key, value in locals().items() if key not in apart}
+        check_mode(mode, accumulate, max_norm)
         self._found: dict[Tensor, Site] = {}
+        self.in_backward = InBackward(self, accumulate, max_norm) if mode == "in_backward" else None
+        self._step_supports_amp_scaling = mode == "in_backward"  # so that GradScaler leaves the refusal to step()
         super().__init__(grouped(params, include, exclude), defaults | {"steps": 0})
 
     # -- what is trained ----------------------------------------------------------------------------------------------
@@ -104,12 +111,15 @@ class LowRank(torch.optim.Optimizer):
         group["steps"] = 0
         with_parts(group)
         self._found = {}
+        if self.in_backward is not None:
+            self.in_backward.attach(group["params"])
 
     def sites(self) -> list[Site]:
         """Every tensor and how it is seen, in order of the groups."""
-        return [self._site(param, group) for group in self.param_groups for param in group["params"]]
+        return [self.site_of(param) for group in self.param_groups for param in group["params"]]
 
-    def _site(self, param: Tensor, group: dict[str, Any]) -> Site:
+    def site_of(self, param: Tensor) -> Site:
+        """How a tensor of the optimizer is seen."""
         if not self._found:
             at = 0
             for one in self.param_groups:
@@ -134,65 +144,56 @@ class LowRank(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        moving = [
-            (group, [self._site(param, group) for param in group["params"] if param.grad is not None])
-            for group in self.param_groups
-        ]
-        choosing = self._choosing([site for _, sites in moving for site in sites])
-        for group, sites in moving:
-            for part in _together([site for site in sites if site.rank is not None]):
-                self._update_projected(part, group, choosing)
-            for part in _together([site for site in sites if site.plain]):
-                self._update_plain(part, group)
+        if self.in_backward is None:
+            self.update([site for site in self.sites() if site.param.grad is not None])
+        else:
+            self.in_backward.finish(scaled=hasattr(self, "found_inf"))
+        for group in self.param_groups:
             group["steps"] += 1
         return loss
+
+    def update(self, sites: Sequence[Site]) -> None:
+        """Move the weights of these sites, which have gradients. TrainingError where a basis cannot be chosen."""
+        choosing = self._choosing(sites)
+        for group in self.param_groups:
+            own = [site for site in sites if site.group is group]
+            for part in updating.together([site for site in own if site.rank is not None]):
+                self._update_projected(part, group, choosing)
+            for part in updating.together([site for site in own if site.plain]):
+                self._update_plain(part, group)
+
+    def measuring(self) -> AbstractContextManager[None]:
+        """Within the block backward passes only measure the norm by which `max_norm` clips the next one.
+
+        ConfigError but for mode="in_backward" with one pass a step.
+        """
+        if self.in_backward is None:
+            raise ConfigError("measuring() is for mode='in_backward'; otherwise torch.nn.utils.clip_grad_norm_ clips")
+        return self.in_backward.measuring()
+
+    def close(self) -> None:
+        """Take the hooks of mode="in_backward" away; there are none in the other."""
+        if self.in_backward is not None:
+            self.in_backward.close()
 
     def _choosing(self, sites: Sequence[Site]) -> set[int]:
         """The indices of the sites whose basis is chosen in this step."""
         for site in sites:
             if not site.state:
                 self._begin(site)
-        waiting = [site for site in sites if site.rank is not None and refresh.due(site, site.group["steps"])]
-        looking = [site for site in waiting if refresh.looks(site.group)]
-        found = refresh.usable(looking, [site.gradient() for site in looking])
-        zero = {site.index for site, good in zip(looking, found, strict=True) if not good}
-        return {site.index for site in waiting} - zero
+        return updating.choosing(sites)
 
     def _begin(self, site: Site) -> None:
-        begin(site)
+        updating.begin(site)
 
     def _update_projected(self, sites: Sequence[Site], group: dict[str, Any], choosing: set[int]) -> None:
-        """Sites of one shape: choose bases where that is due, project, and move the weights."""
-        basis, inner, residual = group["basis"], group["inner"], group["residual"]
-        seen = {site.index: residual.incoming(site, site.gradient()) for site in sites}
-        if due := [site for site in sites if site.index in choosing]:
-            refresh.refresh(due, [seen[site.index] for site in due], group, group["steps"])
-        inside = [site for site in sites if site.active]
-        projected = [basis.project(site, seen[site.index]) for site in inside]
-        for site in inside:
-            site.state["age"] += 1
-        directions = inner.directions(inside, projected, group) if inside else []
-        lr, decay = group["lr"], group["lr"] * group["weight_decay"]
-        for site, within, direction in zip(inside, projected, directions, strict=True):
-            correction = inner.correction(site.state["age"], group)
-            move_weight(site, residual.move(site, basis, seen[site.index], within, direction, correction), lr, decay)
-        for site in sites:
-            if not (site.active or site.plain):
-                move_weight(site, residual.alone(site, seen[site.index]), lr, decay)
+        """Sites of one shape, with gradients."""
+        seen = updating.look(sites, group, choosing)
+        updating.move(sites, seen, updating.project(sites, seen), group)
 
     def _update_plain(self, sites: Sequence[Site], group: dict[str, Any]) -> None:
-        """Tensors that take the inner rule as it is, those of an active block at the projected ones' rate."""
-        factor = group["plain_scale"] if sites[0].rank is None else group["scale"]
-        lr, inner = group["lr"] * factor, sites[0].inner
-        options = {**group, "lr": lr, "weight_decay": group["weight_decay"] / factor if factor else 0.0}
-        gradients = [site.param.grad.detach().to(site.work) for site in sites if site.param.grad is not None]
-        for site in sites:
-            site.state["age"] += 1
-        if factor and inner.step(sites, gradients, options):
-            return
-        directions = inner.directions(sites, gradients, options)
-        for site, direction in zip(sites, directions, strict=True):
-            move_weight(site, Move(dense=direction), lr, group["lr"] * group["weight_decay"])
+        """Sites that take the inner rule as it is, with gradients."""
+        updating.move_plain(sites, group)
 
     # -- resuming -----------------------------------------------------------------------------------------------------
 
@@ -220,43 +221,8 @@ class LowRank(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._found = {}
+        self.__dict__.setdefault("in_backward", None)  # a copy has no hooks
 
 
 def _own(value: Any, param: Tensor) -> Any:
     return value.to(param.device, copy=True) if isinstance(value, Tensor) else value
-
-
-def begin(site: Site) -> None:
-    """Make everything that is kept for a site, of its final shapes."""
-    group, state = site.group, site.state
-    state["age"] = 0
-    begin_rounding(site)
-    if site.rank is None or site.active:
-        states.begin_inner(site)
-    if site.rank is None:
-        return
-    every = group["refresh_every"]
-    offset = site.place * every // site.peers if group["stagger"] else 0
-    state.update(chosen=False, due=0, gap=every, offset=offset)
-    if site.rank:
-        group["basis"].begin(site)
-        group["residual"].begin(site)
-
-
-def _together(sites: Sequence[Site]) -> Iterator[list[Site]]:
-    """Sites that are treated alike, of one dtype and device, projected ones of one shape; as many at a time as is worth
-    while.
-    """
-    groups: dict[Any, list[Site]] = {}
-    for site in sites:
-        shape = (site.d, site.n, site.rank, site.flipped) if site.rank is not None else type(site.inner)
-        groups.setdefault((shape, site.param.dtype, site.param.device), []).append(site)
-    for (_, _, device), group in groups.items():
-        most, part, taken = TOGETHER.get(device.type, TOGETHER_ON_ACCELERATOR), list[Site](), 0
-        for site in group:
-            if part and taken + site.param.numel() > most:
-                yield part
-                part, taken = [], 0
-            part.append(site)
-            taken += site.param.numel()
-        yield part

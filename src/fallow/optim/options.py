@@ -64,6 +64,20 @@ def check_options(options: Mapping[str, Any]) -> None:
         _check_combination(made)
 
 
+def check_mode(mode: Any, accumulate: Any, max_norm: Any) -> None:
+    """ConfigError where an update in the backward pass cannot be so."""
+    one_of("mode", mode, ("step", "in_backward"))
+    number("accumulate", accumulate, 1)
+    if not isinstance(accumulate, int):
+        raise ConfigError(f"accumulate={accumulate!r} must be a whole number of backward passes, 1 or more")
+    if max_norm is not None:
+        number("max_norm", max_norm, 0, closed=False)
+    if mode == "step" and (accumulate != 1 or max_norm is not None):
+        raise ConfigError(
+            "accumulate and max_norm are for mode='in_backward'; otherwise gradients add up and are clipped as usual"
+        )
+
+
 def _check_combination(made: Mapping[str, Any]) -> None:
     rank, basis, inner, residual = made["rank"], made["basis"], made["inner"], made["residual"]
     number("rank", rank, 0, 1 + 1e-12 if isinstance(rank, float) else float("inf"))
