@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from fallow.optim.frugal import FRUGAL
     from fallow.optim.galore import GaLore
     from fallow.optim.ggpo import GGPO
+    from fallow.optim.gradnormlorp import GradNormLoRP
     from fallow.optim.lisa import LISA
     from fallow.optim.lora_plus import LoRAPlus
     from fallow.optim.lora_pro import LoRAPro
@@ -95,6 +96,7 @@ __all__ = [
     "FallowError",
     "Fira",
     "GaLore",
+    "GradNormLoRP",
     "Largest",
     "LoRAPlus",
     "LoRAPro",
@@ -155,6 +157,7 @@ _HOME = {
     "Fira": "fallow.optim.fira",
     "GGPO": "fallow.optim.ggpo",
     "GaLore": "fallow.optim.galore",
+    "GradNormLoRP": "fallow.optim.gradnormlorp",
     "LISA": "fallow.optim.lisa",
     "LTSFT": "fallow.selection.lt_sft",
     "Largest": "fallow.selection.largest",

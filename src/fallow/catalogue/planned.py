@@ -26,8 +26,6 @@ PLANNED: tuple[tuple[str, str, str, Idea, str], ...] = (
      "federated", "LoRA among several data owners under differential privacy"),
     ("graco", "GraCo: Granularity-Controllable Interactive Segmentation", "2405.00587", "recipe",
      "a granularity input for click-based segmentation, without part labels"),
-    ("gradnormlorp", "Gradient Weight-normalized Low-rank Projection for Efficient LLM Training", "2412.19616",
-     "update rule", "weight normalisation, a low-rank update and low-rank gradients together"),
     ("icm-lora", "In-Context Meta LoRA Generation", "2501.17635", "transfer",
      "a generator that writes the LoRA of a task from a few examples of it"),
     ("increlora", "IncreLoRA: Incremental Parameter Allocation Method for Parameter-Efficient Fine-tuning",
