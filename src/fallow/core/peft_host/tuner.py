@@ -26,6 +26,7 @@ from fallow.core.peft_host.shared import SHARED, Shared
 from fallow.core.peft_host.taking_back import PLACE, Loading, check_tensors, refuse_foreign, waiting
 from fallow.core.peft_host.weighted import DENSE, Combination, combined
 from fallow.core.select import WRITABLE
+from fallow.core.sharded import is_dtensor
 from fallow.core.views import view_of
 
 LAYERS = (*LINEAR, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention)
@@ -251,11 +252,21 @@ class FallowModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **told: Any) -> Any:
-        """PEFT's own. The config of an unpickled model finds its Deltas again, of which it is about to tell."""
+        """PEFT's own. The config of an unpickled model finds its Deltas again, of which it is about to tell.
+
+        ModelError for tensors that are spread over several processes.
+        """
         if isinstance(config, DeltaConfig):
             held = [layer.fallow_delta._modules.get(adapter_name) for layer in _layers(model)]
             config.follow({delta.site_name: delta for delta in held if isinstance(delta, Delta)})
-        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **told)
+        found = super()._get_adapter_state_dict(model, config, adapter_name, *args, **told)
+        if spread := [name for name, tensor in found.items() if is_dtensor(tensor)]:
+            raise ModelError(
+                f"'{spread[0]}' is sharded; give it the whole tensors, save_pretrained(..., state_dict=full) in one "
+                "process, with full = torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
+                "StateDictOptions(full_state_dict=True)) of all"
+            )
+        return found
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
