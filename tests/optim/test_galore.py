@@ -80,3 +80,15 @@ def test_the_gap_of_a_space_that_stays_doubles_in_q_galore():
     grad = drawn((12, 2), 1)[0] @ drawn((2, 20), 1, seed=1)[0]
     take(own, param, [grad + 0.01 * noise for noise in drawn((12, 20), 9)])
     assert own.state[param]["gap"] == 16
+
+
+@pytest.mark.parametrize("shape", [(40, 2100), (2100, 40)], ids=str)
+@pytest.mark.parametrize("residual", ["drop", "fira", "sgd"])
+def test_products_in_bfloat16_move_the_weight_nearly_alike(shape, residual):
+    grads = drawn(shape, 3)
+    exact, fast = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(shape))
+    take(LowRank([exact], 1e-2, 8, basis="svd", residual=residual), exact, grads)
+    own = LowRank([fast], 1e-2, 8, basis="svd", residual=residual, products="bf16")
+    take(own, fast, grads)
+    assert own.state[fast]["m"].dtype == fast.dtype == torch.float32
+    assert 0 < (fast - exact).norm() / exact.norm() < 0.05

@@ -49,7 +49,8 @@ class LowRank(torch.optim.Optimizer):
     `betas`, `eps`, `weight_decay` (decoupled): AdamW's; `eps_mode`: torch | galore. `plain_scale`: factor of `lr` for
     tensors that take the inner rule plainly, `plain_inner`: another rule for them. `state_dtype`: fp32 | bf16 | 8bit |
     4bit; `basis_dtype`: fp32 | bf16 | int8 | nf4 (`optim.moments`). `rounding` of weights of low precision: nearest |
-    stochastic | compensated (`optim.writing`). `seed`: of everything drawn.
+    stochastic | compensated (`optim.writing`). `products` with a dense basis: fp32 | bf16, which is twice as fast where
+    the hardware has it, on fp32 states and weights. `seed`: of everything drawn.
 
     `mode`: step; or in_backward, which moves each weight within the backward pass and frees its gradient, with
     `accumulate` passes a step and `max_norm` to clip by (`optim.in_backward`); `step()` then ends the step.
@@ -81,6 +82,7 @@ class LowRank(torch.optim.Optimizer):
         plain_inner: str | Mapping[str, Any] | Inner | None = None,
         state_dtype: str = "fp32",
         basis_dtype: str | None = None,
+        products: str = "fp32",
         rounding: str = "nearest",
         seed: int = 0,
         include: Patterns = None,

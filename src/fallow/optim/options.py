@@ -55,6 +55,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     one_of("moments", made["moments"], MOMENTS)
     one_of("eps_mode", made["eps_mode"], ("torch", "galore"))
     one_of("state_dtype", made["state_dtype"], FORMS)
+    one_of("products", made["products"], ("fp32", "bf16"))
     one_of("rounding", made["rounding"], ROUNDINGS)
     if made["largest_side"] is not None:
         number("largest_side", made["largest_side"], 1)

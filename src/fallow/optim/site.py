@@ -87,6 +87,11 @@ class Site:
         """What is computed in: float32, or float64 for such tensors."""
         return torch.float64 if self.param.dtype == torch.float64 else torch.float32
 
+    @property
+    def products(self) -> torch.dtype:
+        """What products with a dense basis are taken in: as the group says, where float32 is computed in."""
+        return torch.bfloat16 if self.work == torch.float32 and self.group["products"] == "bf16" else self.work
+
     def matrix(self, tensor: Tensor) -> Tensor:
         """(d, n) a tensor of the parameter's shape, as a view wherever its memory allows."""
         if tensor.ndim > 2:

@@ -16,6 +16,7 @@ from torch import Tensor
 from fallow.optim import moments
 from fallow.optim.site import Site
 
+BLOCK = 1024  # columns of P K that exist at once, where products are taken in less precision than the weight's
 Turn = Any  # what maps a moment of the old basis into the new one
 
 
@@ -72,10 +73,20 @@ class Basis:
 
     def project(self, site: Site, gradient: Tensor) -> Tensor:
         """(r, n) Pᵀ G, a new tensor."""
+        if site.products == torch.bfloat16:
+            return (self.matrix(site).bfloat16().mT @ gradient.bfloat16()).to(site.work)
         return self.matrix(site).mT @ gradient
 
     def subtract(self, site: Site, weight: Tensor, change: Tensor) -> None:
         """W (d, k) -= P K (r, k), in place, without forming P K."""
+        if site.products == torch.bfloat16:
+            basis, change = self.matrix(site).bfloat16(), change.bfloat16()
+            for part, own in zip(weight.split(BLOCK, -1), change.split(BLOCK, -1), strict=True):
+                if part.stride(-1) == 1:
+                    part.sub_(basis @ own)
+                else:  # a transposed weight is subtracted from in the order of its memory
+                    part.mT.sub_(own.mT @ basis.mT)
+            return
         weight.addmm_(self.matrix(site), change, alpha=-1)
 
     def leftover(self, site: Site, gradient: Tensor, projected: Tensor) -> Tensor:
