@@ -22,7 +22,7 @@ from fallow.optim.pairs import find_pairs, row_norms_squared
 SETTING = Setting(targets="all", steps=60)
 ONE, TWO = {"rank": 4}, {"rank": 4, "alpha": 8.0}
 SGD_LRS = (0.01, 0.03, 0.1, 0.3, 1.0)
-ADAM_LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+ADAM_LRS = (1e-3, 3e-3, 1e-2, 3e-2, 0.1)
 
 
 def allora(base: object, model: torch.nn.Module, lr: float, **options: object) -> torch.optim.Optimizer:

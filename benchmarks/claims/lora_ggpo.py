@@ -21,7 +21,7 @@ from fallow.optim.pairs import find_pairs
 
 SETTING = Setting(targets="all", steps=150, samples=150)
 LORA = {"rank": 16, "alpha": 16.0, "patterns": {"layers.4": {"rank": 10, "alpha": 10.0}}}  # ten classes
-LRS = (1e-3, 3e-3, 1e-2)
+LRS = (1e-3, 3e-3, 1e-2, 3e-2)
 
 
 def perturbed(model: torch.nn.Module, lr: float, **options: object) -> torch.optim.Optimizer:
@@ -42,6 +42,7 @@ def rules() -> dict[str, Rule]:
             f"MGPO {sign:+d}, rho {rho:g}{where}": {"mode": "mgpo", "rho": rho, "sign": sign, "space": space}
             for space, where in (("param", ""), ("weight", " in weights"))
             for rho, sign in ((0.05, -1), (0.2, -1), (0.05, 1), (0.2, 1))
+            if space == "param" or rho == 0.2
         },
     }
     made = {"LoRA": Rule(adam, LRS, options=LORA)}

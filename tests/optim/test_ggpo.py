@@ -73,6 +73,17 @@ def test_training_feels_it_and_evaluation_never_does(options, host):
     assert not torch.allclose(model.train()(x), twin.train()(x), atol=1e-4)
 
 
+@pytest.mark.parametrize("host", HOSTS)
+def test_adapters_that_are_switched_off_have_no_noise_either(host):
+    model = adapted(host)
+    GGPO(model, optimizer_of(model), sigma=0.5)
+    x, _ = batch()
+    off = fallow.disabled(model) if host == "fallow" else model.disable_adapter()
+    with off:
+        assert torch.equal(model.train()(x), model.eval()(x))
+    assert not torch.equal(model.train()(x), model.eval()(x))
+
+
 def test_release_and_a_zero_rate_leave_the_values_as_they_were():
     for options in MODES:
         model = adapted("fallow")
@@ -124,7 +135,7 @@ def test_deviations_are_those_of_the_formula(host, name):
     for step in range(2):
         weight, g = dense(model, name)
         expected = 0.1 / math.sqrt(weight.shape[1]) * (weight.square().sum(1) + 3.0 * g.square().sum(1)).sqrt()
-        torch.testing.assert_close(ggpo.deviations(layer), expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ggpo.noise.deviations(layer, ggpo.steps), expected, rtol=1e-4, atol=1e-6)
         assert (g.norm() > 0) == (step > 0)
         optimizer.zero_grad()
         loss_of(model).backward()
@@ -148,8 +159,8 @@ def test_flat_lora_is_the_case_without_gradients_whose_sigma_rises():
     for step in range(11):
         weight, _ = dense(model, "first")
         expected = 0.05 * 0.5 * (1 - math.cos(math.pi * step / 10)) / math.sqrt(6) * weight.norm(dim=1)
-        torch.testing.assert_close(ggpo.deviations(layer), expected, rtol=1e-4, atol=1e-7)
-        seen.append(ggpo.sigma_now)
+        torch.testing.assert_close(ggpo.noise.deviations(layer, ggpo.steps), expected, rtol=1e-4, atol=1e-7)
+        seen.append(ggpo.noise.sigma_at(ggpo.steps))
         train(model, optimizer, 1)
     assert seen[0] == 0
     assert seen[10] == pytest.approx(0.05)
@@ -163,7 +174,7 @@ def test_the_other_combination_is_kohyas():
     layer = next(layer for layer in ggpo.layers if layer.name == "conv")
     weight, g = dense(model, "conv")
     expected = (0.1 * weight.norm(dim=1) + 3.0 * g.square().sum(1)) / math.sqrt(6)
-    torch.testing.assert_close(ggpo.deviations(layer), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ggpo.noise.deviations(layer, ggpo.steps), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -227,14 +238,14 @@ def test_recomputed_forwards_and_micro_batches_share_the_noise_and_torchs_genera
 def test_rows_with_larger_gradients_get_more_noise():
     model = adapted("fallow")
     optimizer = optimizer_of(model, lr=0.0)
-    plain, guided = GGPO(model, optimizer, sigma=0.1, beta=0.0), None
+    plain = GGPO(model, optimizer, sigma=0.1, beta=0.0)
     train(model, optimizer, [0])
     layer = next(layer for layer in plain.layers if layer.name == "first")
     _, g = dense(model, "first")
-    without = plain.deviations(layer)
+    without = plain.noise.deviations(layer, 1)
     guided = plain
-    guided.beta = 100.0
-    gain = guided.deviations(layer).square() - without.square()
+    guided.noise.beta = 100.0
+    gain = guided.noise.deviations(layer, 1).square() - without.square()
     assert torch.corrcoef(torch.stack([gain, g.square().sum(1)]))[0, 1] > 0.999
 
 
@@ -247,7 +258,7 @@ def test_norms_are_those_before_clipping_and_of_the_whole_accumulation():
     expected = dense(model, "first")[1].square().sum(1)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     optimizer.step()
-    torch.testing.assert_close(ggpo.rows["first"], expected, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(ggpo.noise.rows["first"], expected, rtol=1e-4, atol=1e-8)
 
 
 def test_the_scale_of_a_scaler_is_divided_out():
@@ -259,7 +270,7 @@ def test_the_scale_of_a_scaler_is_divided_out():
     scaler.step(optimizer)
     scaler.update()
     expected = dense(model, "first")[1].square().sum(1)
-    torch.testing.assert_close(ggpo.rows["first"], expected, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(ggpo.noise.rows["first"], expected, rtol=1e-4, atol=1e-8)
 
 
 # -- the step of mgpo -------------------------------------------------------------------------------------------------
@@ -437,7 +448,7 @@ def test_the_trainer_binds_it(tmp_path):
     )  # fmt: skip
     Trainer(model, arguments, train_dataset=data, callbacks=[fallow.Callback(ggpo)]).train()
     assert ggpo.steps == 3
-    assert all((rows > 0).any() for rows in ggpo.rows.values())
+    assert all((rows > 0).any() for rows in ggpo.noise.rows.values())
 
 
 def test_a_copy_of_the_model_is_perturbed_by_itself_alone():

@@ -16,6 +16,7 @@ import fallow
 from fallow.core.errors import ConfigError, ModelError
 from fallow.optim.blocks import find_blocks, gradient_norms, outside, weight_norms
 from fallow.optim.lisa import LISA
+from fallow.optim.lowrank import LowRank
 from fallow.optim.sampling import Drawing
 
 WIDTH, BLOCKS = 16, 8
@@ -256,8 +257,9 @@ def test_all_blocks_with_kept_states_are_plain_adamw_bit_for_bit():
         lambda params: torch.optim.SGD(params, lr=1e-2, momentum=0.9),
         lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True),
         lambda params: torch.optim.Adafactor(params),
+        lambda params: LowRank(params, lr=1e-3, rank=4),
     ],
-    ids=["sgd", "fused", "adafactor"],
+    ids=["sgd", "fused", "adafactor", "lowrank"],
 )
 @pytest.mark.parametrize("state", ["drop", "keep", "offload"])
 def test_any_optimizer_and_any_fate_of_the_states(make, state):

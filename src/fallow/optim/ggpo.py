@@ -25,17 +25,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fallow.core.delta import number, one_of, whole
+from fallow.core.delta import number, one_of
 from fallow.core.errors import ConfigError
 from fallow.optim.allora import check_holds, innermost
 from fallow.optim.momentum import Ahead, momentum_of, no_momentum
 from fallow.optim.observing import Observed, when_gradients_are_there
 from fallow.optim.pairs import find_pairs, row_norms_squared
 from fallow.optim.perturbed import Displaced, Layer, layers_of
+from fallow.optim.row_noise import Combine, Ramp, RowNoise
 
 Mode = Literal["ggpo", "mgpo"]
 Space = Literal["param", "weight"]
-Combine = Literal["variance", "kohya"]
 EVERYTHING = ""  # the name of the one norm of mode="mgpo", space="param"
 
 
@@ -62,7 +62,7 @@ class GGPO:
         sigma: float = 0.03,
         rho: float = 0.05,
         beta: float | None = None,
-        ramp: Literal["cosine"] | None = None,
+        ramp: Ramp = None,
         total_steps: int | None = None,
         combine: Combine = "variance",
         space: Space = "param",
@@ -72,20 +72,15 @@ class GGPO:
         seed: int = 0,
     ) -> None:
         one_of("mode", mode, get_args(Mode))
-        one_of("combine", combine, get_args(Combine))
         one_of("space", space, get_args(Space))
-        one_of("ramp", ramp, (None, "cosine"))
         one_of("sign", sign, (-1, 1))
-        for name, value in (("sigma", sigma), ("rho", rho)):
-            number(name, value)
+        number("rho", rho)
         number("cap", cap, least=1.0)
-        whole("seed", seed, least=0)
-        self.beta = (0.01 if mode == "ggpo" else 0.9) if beta is None else beta
-        number("beta", self.beta, most=1.0 if mode == "mgpo" else math.inf)
-        if ramp is not None:
-            whole("total_steps", total_steps)
-        self.model, self.mode, self.sigma, self.ramp, self.total = model, mode, sigma, ramp, total_steps
-        self.combine, self.seed = combine, seed
+        beta = (0.01 if mode == "ggpo" else 0.9) if beta is None else beta
+        number("beta", beta, most=1.0 if mode == "mgpo" else math.inf)
+        self.model, self.mode = model, mode
+        self.noise = RowNoise(sigma, beta, ramp, total_steps, combine, seed)
+        self.ahead = Ahead(rho, sign, beta, cap)
         self.pairs = find_pairs(model, "GGPO")
         self.inside = mode == "mgpo" and space == "param"
         self.layers = layers_of(self.pairs, self._noise if mode == "ggpo" else self._along, readers=self.inside)
@@ -93,8 +88,6 @@ class GGPO:
         self.hooks: list[Any] = []
         self.steps = 0
         self.gradients, self.displaced = Observed(self.layers, self._measure, scaler), Displaced()
-        self.rows: dict[str, Tensor] = {}  # |G_i|² (out,)
-        self.ahead = Ahead(rho, sign, self.beta, cap)
         if optimizer is not None:
             self.bind(optimizer)
 
@@ -149,7 +142,7 @@ class GGPO:
         self.steps += 1
         seen = self.gradients.seen
         if self.mode == "ggpo":
-            self.rows = seen
+            self.noise.rows = seen
         elif seen:
             squares = {EVERYTHING: torch.stack(list(seen.values())).sum()} if self.inside else seen
             self.ahead.follow(squares)
@@ -162,27 +155,8 @@ class GGPO:
 
     # -- perturbing ---------------------------------------------------------------------------------------------------
 
-    @property
-    def sigma_now(self) -> float:
-        if self.ramp is None or self.total is None:
-            return self.sigma
-        return self.sigma * 0.5 * (1 - math.cos(math.pi * min(self.steps, self.total) / self.total))
-
     def _noise(self, layer: Layer, x: Tensor) -> Tensor | None:
-        if self.sigma_now == 0:
-            return None
-        if layer.drawn is None:
-            layer.drawn = self.deviations(layer)
-        return layer.noisy(x, layer.drawn, (self.seed * 1_000_003 + self.steps) * 10_007 + layer.index)
-
-    @torch.no_grad()
-    def deviations(self, layer: Layer) -> Tensor:
-        """std (out,) of the noise in each row of a layer at this step."""
-        rows, (out, inner) = layer.row_norms_squared(), layer.view.shape
-        guide = self.beta * self.rows.get(layer.name, torch.zeros_like(rows))
-        if self.combine == "kohya":
-            return (self.sigma_now * rows.sqrt() + guide) / math.sqrt(out)
-        return self.sigma_now / math.sqrt(inner) * (rows + guide).sqrt()
+        return self.noise.change(layer, x, self.steps)
 
     def _along(self, layer: Layer, x: Tensor) -> Tensor | None:
         if layer.thin is None and self.ahead.knows(layer.name):
@@ -217,7 +191,7 @@ class GGPO:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers; `optimizer.state_dict()` holds it under "ggpo"."""
-        return {"steps": self.steps, "rows": self.rows, "norms": self.ahead.norms, "first": self.ahead.first}
+        return {"steps": self.steps, "rows": self.noise.rows, "norms": self.ahead.norms, "first": self.ahead.first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; `optimizer.load_state_dict` does so."""
@@ -225,7 +199,7 @@ class GGPO:
         places = {layer.name: layer.pairs[0].a.device for layer in self.layers}
         first = self.pairs[0].a.device
         self.steps = state["steps"]
-        for owner, key in ((self, "rows"), (self.ahead, "norms"), (self.ahead, "first")):
+        for owner, key in ((self.noise, "rows"), (self.ahead, "norms"), (self.ahead, "first")):
             setattr(owner, key, {name: value.to(places.get(name, first)) for name, value in state[key].items()})
         self._begin()
 

@@ -76,7 +76,7 @@ class Layer:
         self.thin: tuple[Tensor, Tensor] | None = None  # U (out, k), V (k, in) of an E of low rank, for one step
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
-        if not module.training:
+        if not module.training or _off(module):
             return output
         x = args[0] if args else next(iter(kwargs.values()))
         added = self.change(self, x)
@@ -126,6 +126,13 @@ class Layer:
             self.known = weight.to(a.dtype).square().sum(1)
         mixed = ((weight.to(a.dtype) @ a.T) * b).sum(1)
         return (self.known + 2 * mixed + row_norms_squared(a, b)).clamp_min(0)
+
+
+def _off(module: Any) -> bool:
+    """Whether its adapters are switched off, by PEFT or by `fallow.disabled`."""
+    return bool(getattr(module, "disable_adapters", False)) or bool(
+        getattr(module._modules.get("adapters"), "off", False)
+    )
 
 
 class Displaced:
