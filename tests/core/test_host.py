@@ -225,6 +225,8 @@ def test_targets_are_presets_last_parts_of_names_or_one_expression_for_whole_nam
         ({"targets": "eads?"}, "must match whole names.*give a list"),
         ({"targets": "["}, "no regular expression"),
         ({"targets": []}, "must be a text or names"),
+        ({"targets": 3}, "targets=3 must be a text or names"),
+        ({"targets": None}, "targets=None must be a text or names"),
         ({"targets": ["head"], "exclude": ["heed"]}, "exclude: 'heed' matches no weight.*head"),
         ({"targets": ["head"], "exclude": "h.*"}, "leaves nothing of Zoo that 'lora' could adapt"),
         ({"targets": ["head"], "patterns": {"conv": {"rank": 4}}}, "'conv' matches none of the targets"),

@@ -309,6 +309,9 @@ def test_ranks_scales_and_any_option_are_told_by_module():
         ({"patterns": {"(": {"rank": 2}}}, r"patterns: '\(' is no regular expression"),
         ({"own_loss": "always"}, "own_loss='always' must be one of"),
         ({"target_modules": None}, "target_modules=None adapts nothing"),
+        ({"target_modules": "("}, r"target_modules='\(' is no regular expression"),
+        ({"target_modules": 3}, "target_modules=3 must be a text or names"),
+        ({"exclude_modules": [3]}, r"exclude_modules=\[3\] must be a text or names"),
         ({"target_modules": ["5"]}, r"target_modules=\['5'\] leave nothing of .* what would have fitted: 0, 2, 4"),
         ({"exclude_modules": ["0", "2", "4"]}, r"exclude_modules=\['0', '2', '4'\] leave nothing of"),
         ({"fused": {"0": 3}}, "fused=3 does not divide the 8 rows"),
@@ -320,6 +323,13 @@ def test_impossible_configs_are_refused_by_name_and_leave_the_model_as_it_was(gi
     with pytest.raises(ValueError, match=told):
         get_peft_model(base, fallow.LoRAConfig(**{"target_modules": "all-linear", "rank": 2, **given}))
     assert [type(module) for module in base.modules()] == before
+
+
+def test_a_transposed_convolution_is_refused_by_name():
+    base = nn.Sequential(nn.ConvTranspose2d(3, 4, 2))
+    with pytest.raises(fallow.ModelError, match="ConvTranspose2d is a transposed convolution"):
+        get_peft_model(base, fallow.LoRAConfig(target_modules=["0"], rank=2))
+    assert isinstance(base[0], nn.ConvTranspose2d)
 
 
 @pytest.mark.parametrize("config", [fallow.DoRAConfig, fallow.LoRAConfig])

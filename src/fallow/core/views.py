@@ -29,6 +29,7 @@ from fallow.core.errors import ModelError
 
 Kind = Literal["linear", "conv", "embedding", "parameter"]
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
@@ -155,9 +156,9 @@ class ParameterView(View):
 
 def view_of(layer: nn.Module, tensor: str = "weight") -> View:
     """The view of a layer's weight. ModelError for a module that has no such weight, or a weight of one dimension."""
+    if isinstance(layer, TRANSPOSED):
+        raise ModelError(f"{type(layer).__name__} is a transposed convolution, whose weight is no (out, in) matrix")
     if isinstance(layer, CONVS):
-        if layer.transposed:
-            raise ModelError(f"{type(layer).__name__} is a transposed convolution, whose weight is no (out, in) matrix")
         return ConvView(layer)
     if isinstance(layer, nn.Embedding):
         return EmbeddingView(layer)

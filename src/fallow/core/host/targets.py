@@ -136,7 +136,7 @@ def _matching(argument: str, given: Targets, found: Sequence[Spot]) -> list[Spot
         tests[given] = _pattern(argument, given, given)
         hint = "a text must match whole names, as a regular expression; give a list for their last parts"
     else:
-        names = list(given)
+        names = list(given) if isinstance(given, Iterable) else []
         if not names or not all(isinstance(name, str) for name in names):
             raise ConfigError(f"{argument}={given!r} must be a text or names; {_fitting(found)}")
         tests |= {name: partial(_ends, name) for name in names}

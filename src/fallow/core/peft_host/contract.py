@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -162,8 +163,7 @@ class FallowConfig(PeftConfig, metaclass=_ByMethod):
         if not self.target_modules and not getattr(self, "target_parameters", None):
             raise ConfigError(f"target_modules={self.target_modules!r} adapts nothing; give 'all-linear' or names")
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(value := getattr(self, name), list | tuple):
-                setattr(self, name, set(value))
+            setattr(self, name, _names(name, getattr(self, name)))
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ConfigError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform=")
 
@@ -183,6 +183,20 @@ class FallowConfig(PeftConfig, metaclass=_ByMethod):
     def describing(self, deltas: Mapping[str, nn.Module]) -> FallowConfig:
         """A copy of this config whose `made` tells of these Deltas, by site; for adapters made of others."""
         raise ConfigError(f"{type(self).__name__} is of no method; give e.g. fallow.SaRAConfig")
+
+
+def _names(argument: str, given: Any) -> Any:
+    """A text as it is, names as a set. ConfigError for a text that is no regular expression, and for other things."""
+    if isinstance(given, str):
+        try:
+            re.compile(given)
+        except re.error as error:
+            raise ConfigError(f"{argument}={given!r} is no regular expression: {error}") from None
+    elif isinstance(given, list | tuple | set | frozenset) and all(isinstance(name, str) for name in given):
+        return set(given)
+    elif given is not None:
+        raise ConfigError(f"{argument}={given!r} must be a text or names")
+    return given
 
 
 def host(config: type[FallowConfig]) -> type[FallowConfig]:
