@@ -71,12 +71,13 @@ def setting_up(results: Path) -> Iterator[str]:
     loads = [row["load"] for row in run["attaching"]]
     yield f"{run['hardware']}; load {min(loads):.0f} to {max(loads):.0f}; the least of {run['repeats']} turns, seconds."
     yield ""
-    yield "| method | one thread | PEFT's own | two threads, both together | on the clock |"
-    yield "| --- | ---: | ---: | ---: | ---: |"
+    two = any("threads 2" in row for row in run["attaching"])
+    yield "| method | one thread | PEFT's own |" + (" two threads, both together | on the clock |" if two else "")
+    yield "| --- | ---: | ---: |" + (" ---: | ---: |" if two else "")
     for row in run["attaching"]:
-        one, two = row["threads 1"], row["threads 2"]["ours"]
-        times = [one["ours"]["processor"], one["peft"]["processor"] if "peft" in one else None]
-        times += [two["processor"], two["wall"]]
+        one, both = row["threads 1"], row.get("threads 2", {}).get("ours", {})
+        times = [one["ours"]["processor"], one.get("peft", {}).get("processor")]
+        times += [both.get("processor"), both.get("wall")] if two else []
         cells = [row["variant"], *("" if seconds is None else f"{seconds:.2f}" for seconds in times)]
         yield f"| {' | '.join(cells)} |"
 

@@ -39,6 +39,17 @@ def test_a_table_without_a_file_says_so(tmp_path):
     assert tables.filled("<!-- figures: unet -->", tmp_path) == "These figures were not taken."
 
 
+def test_two_threads_have_columns_where_they_were_measured(tmp_path):
+    row = {"variant": "kasa", "load": 1.0, "threads 1": {"ours": {"processor": 2.04}, "peft": {"processor": 3.28}}}
+    run = {"hardware": "a machine", "repeats": 2, "attaching": [row]}
+    place = tmp_path / "deltas-setup-x.json"
+    place.write_text(json.dumps(run))
+    assert list(tables.setting_up(tmp_path))[-1] == "| kasa | 2.04 | 3.28 |"
+    row["threads 2"] = {"ours": {"processor": 2.5, "wall": 1.3}}
+    place.write_text(json.dumps(run))
+    assert list(tables.setting_up(tmp_path))[-1] == "| kasa | 2.04 | 3.28 | 2.50 | 1.30 |"
+
+
 def test_every_mark_of_the_page_is_filled_from_the_results_that_are_there():
     page = (DOCS / "benchmarks" / "deltas.md").read_text(encoding="utf-8")
     assert all(f"<!-- figures: {name} -->" in page for name in tables.MAKERS)
