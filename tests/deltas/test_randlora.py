@@ -87,6 +87,39 @@ def test_gradients_pass_gradcheck(tall: bool, dense: bool) -> None:
     assert torch.autograd.gradcheck(lambda u, v: _Scaled.apply(a, u, v), (lambda_, gamma))
 
 
+@pytest.mark.parametrize("rows", [2, 5, 9])  # nothing is formed; D in one direction; D in both
+@pytest.mark.parametrize("tall", [True, False])
+def test_the_linear_along_with_its_update_is_the_two_apart(rows: int, tall: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(*((5, 7) if tall else (7, 5))).double()
+    model, x = OneLayer(layer, "randlora", rank=2), torch.randn(rows, layer.in_features, dtype=torch.float64)
+    model.delta.randomize()
+    numbers, x = (model.delta.lambda_, model.delta.gamma), x.requires_grad_()
+    got, want = model(x), layer(x) + model.delta.delta_forward(x)
+    assert "BasesLinear" in got.grad_fn.name()
+    torch.testing.assert_close(got, want)
+    upstream = torch.randn_like(got)
+    for ours, theirs in zip(*(torch.autograd.grad(y, (x, *numbers), upstream) for y in (got, want)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("rows", [20, 500])
+@pytest.mark.parametrize("shape", [(48, 96), (96, 48)])
+def test_on_a_bf16_base_values_and_gradients_are_near_the_exact_ones(rows: int, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(*shape).bfloat16()
+    model, x = OneLayer(layer, "randlora", rank=8), torch.randn(rows, shape[0]).bfloat16().requires_grad_()
+    model.delta.randomize()
+    got, (low, up) = model(x), (x.detach().double().requires_grad_(), torch.randn(rows, shape[1]).bfloat16())
+    assert "BasesLinear" in got.grad_fn.name()
+    w = layer.weight.double() + model.delta.delta_weight().double()
+    want = torch.nn.functional.linear(low, w, layer.bias.double())
+    numbers = (model.delta.lambda_, model.delta.gamma)
+    ours, theirs = torch.autograd.grad(got, (x, *numbers), up), torch.autograd.grad(want, (low, *numbers), up.double())
+    for one, other in zip((got, *ours), (want, *theirs), strict=True):
+        assert float((one - other).norm() / other.norm()) < 6e-3
+
+
 @pytest.mark.parametrize("shape", [(20, 48), (48, 20), (24, 24)])  # (out, in)
 def test_values_and_gradients_are_those_of_pefts_layer_with_the_same_tensors(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)

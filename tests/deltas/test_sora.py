@@ -280,7 +280,8 @@ def test_the_backward_keeps_no_second_hidden_result_for_the_gates() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model(x)
-    assert sizes.count((500, 8)) == 1
+    assert sizes.count((8, 500)) == 1  # h, as it is kept
+    assert (500, 8) not in sizes
 
 
 def test_it_compiles_into_one_graph() -> None:

@@ -58,14 +58,16 @@ def low_rank_linear(
 
 
 def _plain(
-    x: Tensor, w: Tensor, bias: Tensor | None, b: Tensor, a: Tensor | None, middle: Tensor | None,
-    outer: Tensor | None, folding: Folding | None,
+    x: Tensor, w: Tensor | None, b: Tensor, a: Tensor | None, middle: Tensor | None, outer: Tensor | None,
+    folding: Folding | None,
 ) -> Tensor:  # fmt: skip
+    """y but for what depends on nothing that has a gradient; no W where x has none."""
     h = F.linear(x.to(b.dtype), cast(Tensor, a)) if folding is None else folding.plain(x, b.dtype)
     if middle is not None:
         h = h * middle if middle.dim() == 1 else F.linear(h, middle)
     change = F.linear(h, b)
-    return (F.linear(x, w, bias) + (change if outer is None else change * outer)).to(x.dtype)
+    change = change if outer is None else change * outer
+    return (change if w is None else F.linear(x, w) + change).to(x.dtype)
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -79,7 +81,7 @@ class _LowRankLinear(torch.autograd.Function):
         of_b, of_a, of_middle, of_outer = ctx.needs_input_grad[3:7]
         u = torch.empty_like(sums) if of_outer else None
         narrow = []
-        for part in _pieces(rows, w, b):
+        for part in _pieces(rows, max(w.shape), b):
             p = cast(Tensor, a) @ rows[part].to(b.dtype).T if folding is None else folding.down(rows[part], b.dtype)
             narrow.append(p)
             h = _mixed(middle, p)
@@ -90,19 +92,19 @@ class _LowRankLinear(torch.autograd.Function):
                 u[part] = change
                 sums[part] = change.mul_(cast(Tensor, outer)).add_(sums[part])
             else:
-                _add_product(sums[part], h.T, (b if outer is None else outer.unsqueeze(1) * b).T)
+                add_product(sums[part], h.T, (b if outer is None else outer.unsqueeze(1) * b).T)
         kept = (narrow[0] if len(narrow) == 1 else torch.cat(narrow, 1)) if of_b or of_middle else None
-        ctx.folding = folding
-        ctx.save_for_backward(x if of_a else None, w, bias, b, a, middle, outer, kept, u)
+        of_x, ctx.folding = ctx.needs_input_grad[0], folding
+        ctx.save_for_backward(x if of_a else None, w if of_x else None, b, a, middle, outer, kept, u)
         return cast(Tensor, torch.ops.aten._unsafe_view(y, y.shape))  # no view: what follows may write into it
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             return _twice(ctx, grad)
-        x, w, _, b, a, middle, outer, p, u = ctx.saved_tensors
+        x, w, b, a, middle, outer, p, u = ctx.saved_tensors
         of_x, _, _, of_b, of_a, of_middle, of_outer, _ = ctx.needs_input_grad
-        shape, grad = (*grad.shape[:-1], w.shape[1]), grad.reshape(-1, grad.shape[-1])
+        batch, grad = grad.shape[:-1], grad.reshape(-1, grad.shape[-1])
         rows = None if x is None else x.reshape(-1, x.shape[-1])
         into = grad @ w if of_x else None
         grad_b = torch.zeros_like(b.T, memory_format=torch.contiguous_format) if of_b else None
@@ -110,7 +112,7 @@ class _LowRankLinear(torch.autograd.Function):
         grad_middle = torch.zeros_like(middle) if of_middle else None
         grad_outer = column_sums(grad, u) if of_outer else None
         scaled = b if outer is None else outer.unsqueeze(1) * b
-        for part in _pieces(grad, w, b):
+        for part in _pieces(grad, max(b.shape[0], 0 if a is None else a.shape[1]), b):
             g = grad[part].to(b.dtype)
             q = scaled.T @ g.T
             if grad_b is not None:
@@ -125,12 +127,21 @@ class _LowRankLinear(torch.autograd.Function):
             if grad_a is not None:
                 grad_a.addmm_(q, cast(Tensor, rows)[part].to(b.dtype))
             if into is not None and ctx.folding is None:
-                _add_product(into[part], q.T, a)
+                add_product(into[part], q.T, a)
             elif into is not None:
                 ctx.folding.back(into[part], q)
         if grad_b is not None:
             grad_b = grad_b.T if outer is None else grad_b.T * outer.unsqueeze(1)
-        return None if into is None else into.view(shape), None, None, grad_b, grad_a, grad_middle, grad_outer, None
+        return (
+            None if into is None else into.view(*batch, into.shape[1]),
+            None,
+            None,
+            grad_b,
+            grad_a,
+            grad_middle,
+            grad_outer,
+            None,
+        )
 
 
 def pieces(rows: Tensor, width: int, least: int = 1) -> Iterator[slice]:
@@ -139,9 +150,9 @@ def pieces(rows: Tensor, width: int, least: int = 1) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, len(rows), size))
 
 
-def _pieces(rows: Tensor, w: Tensor, b: Tensor) -> Iterator[slice]:
+def _pieces(rows: Tensor, width: int, b: Tensor) -> Iterator[slice]:
     """Few rows in a product with many ranks would spend their time on packing the factor, so they are not too few."""
-    return iter((slice(None),)) if rows.dtype == b.dtype else pieces(rows, max(w.shape), 2 * b.shape[1])
+    return iter((slice(None),)) if rows.dtype == b.dtype else pieces(rows, width, 2 * b.shape[1])
 
 
 def _mixed(middle: Tensor | None, p: Tensor) -> Tensor:
@@ -160,7 +171,7 @@ def column_sums(left: Tensor, right: Tensor) -> Tensor:
     return total
 
 
-def _add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
+def add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
     """sums += left right, rounded once to their dtype."""
     if sums.dtype == right.dtype:
         sums.addmm_(left, right)
@@ -170,12 +181,13 @@ def _add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _twice(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients as functions of everything, for those who differentiate them again."""
-    tensors = ctx.saved_tensors[:7]
+    tensors = ctx.saved_tensors[:6]
     if tensors[0] is None:
         raise ModelError("a change whose first factor is frozen keeps no input, so it has no second derivatives")
-    x, w, bias, b, a, middle, outer = tensors
-    out = _plain(x, w, bias, b, a, middle, outer, ctx.folding)
-    needed = ctx.needs_input_grad[:7]
-    wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
+    x, w, b, a, middle, outer = tensors
+    out = _plain(x, w, b, a, middle, outer, ctx.folding)
+    of_x, _, _, *needed, _ = ctx.needs_input_grad
+    wanted = [tensor for tensor, need in zip((x, b, a, middle, outer), (of_x, *needed), strict=True) if need]
     found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-    return *(next(found) if need else None for need in needed), None
+    of_input = next(found) if of_x else None
+    return of_input, None, None, *(next(found) if need else None for need in needed), None

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from fallow.core import noise
 from fallow.core.delta import Delta, MethodOptions, Site, fits_rank, number, one_of, whole
 from fallow.core.errors import ConfigError
+from fallow.deltas.randlora_linear import BasesLinear
 
 
 class RandLoRA(Delta):
@@ -123,6 +124,11 @@ class RandLoRA(Delta):
             return self.view.op(x, self.delta_weight())
         return super().delta_forward(x)
 
+    def linear(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        (a, b), lambda_ = self.sliced(), self.lambda_ * self.scale
+        tall = self.view.shape[0] == self.large
+        return cast(Tensor, BasesLinear.apply(x, w, bias, b, tall, _scaled, _in_place, a, lambda_, self.gamma))
+
     def _dense(self, x: Tensor) -> bool:
         """Whether forming D once costs less than taking every row of x through n r channels, both ways."""
         rows = x.numel() // x.shape[self.view.channels]
@@ -143,7 +149,11 @@ def _scaled(a: Tensor, lambda_: Tensor, gamma: Tensor) -> Tensor:
 
 def _diagonals(grad: Tensor, a: Tensor, lambda_: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of lambda and gamma, of U's (n r, m)."""
-    product = grad.to(a.dtype).view(*lambda_.shape, -1) * a
+    return _in_place(grad.to(a.dtype, copy=True), a, lambda_, gamma)
+
+
+def _in_place(grad: Tensor, a: Tensor, lambda_: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    product = grad.view(*lambda_.shape, -1).mul_(a)
     return (product @ gamma[:, :, None])[..., 0], (lambda_[:, None] @ product)[:, 0]
 
 
