@@ -31,6 +31,7 @@ from fallow.core.files import (
     write_json,
     write_tensors,
 )
+from fallow.core.foreign_codes import is_coded
 from fallow.core.fused import Fused
 from fallow.core.host.adapters import finish
 from fallow.core.host.holder import SHARED, Blocks, Prepared, Spec, check_name, needed, prepare
@@ -88,7 +89,7 @@ def _described(delta: Delta, spec: Spec, weight: Tensor, site: Adapters) -> dict
     return blocks | {
         "shape": list(site.view.shape),
         "dtype": str(base.dtype).removeprefix("torch."),
-        "base": fingerprint(base) if base.is_floating_point() else "",
+        "base": fingerprint(base) if base.is_floating_point() and not site.coded else "",
         "options": {key: value for key, value in options.items() if spec.options.get(key) != value},
     }
 
@@ -201,7 +202,7 @@ def _planned(
             )
         weight = spot.parameter()
         trained_in = getattr(torch, described["dtype"], None)
-        known = described["base"] and weight.is_floating_point()
+        known = described["base"] and weight.is_floating_point() and not is_coded(weight)
         if known and not force and not matches(described["base"], weight, trained_in):
             raise AdapterError(
                 f"{file} was trained on another base: '{key}' holds other values ({described['dtype']} in training, "

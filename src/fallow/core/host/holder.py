@@ -113,7 +113,7 @@ def prepare(
     for spot, options in _once(model, method, plan, every):
         held = spot.layer._modules.get(spot.attribute)
         view = held.view if isinstance(held, Adapters) else spot.view()
-        site = Site(spot.key, view, spot.parameter, common, context, spec.seed, fresh)
+        site = Site(spot.key, view, spot.read, common, context, spec.seed, fresh)
         rows, apart = (blocks or {}).get(id(spot.parameter()), (None, {}))
         delta = delta_at(site, method, options, rows, {i: make_options(method, own) for i, own in apart.items()})
         deltas.append((spot, delta.to(site.device).train(spot.layer.training)))

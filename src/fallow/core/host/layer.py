@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fallow.core.delta import Delta
 from fallow.core.engine import Active, new_weight, run_deltas
 from fallow.core.errors import ConfigError
+from fallow.core.foreign_codes import decoded
 from fallow.core.views import View
 
 BASE = "__base__"  # in a mixed batch: a sample without an adapter
@@ -27,7 +28,8 @@ BASE = "__base__"  # in a mixed batch: a sample without an adapter
 class Adapters(nn.ModuleDict):
     """The Deltas at one weight, by adapter. `acting`: those that run now, with their scales, in their order.
 
-    `rows`: which adapter each sample of the batch has. `kept`: the base weight while it is merged.
+    `rows`: which adapter each sample of the batch has. `kept`: the base weight while it is merged. `coded`: whether it
+    is in another library's code.
     """
 
     def __init__(self, key: str, view: View) -> None:
@@ -40,6 +42,7 @@ class Adapters(nn.ModuleDict):
         self.off = False
         self.kept: Tensor | None = None
         self.acting: list[tuple[Delta, float]] = []
+        self.coded = False
 
     def named(self, names: Sequence[str]) -> list[tuple[Delta, float]]:
         return [(cast(Delta, self[name]), self.scale[name]) for name in names if name in self]
@@ -62,7 +65,8 @@ class Adapted(nn.Module):
             return base(*args, **kwargs)
         if not args:  # layer(input=x)
             args = (kwargs.pop(next(iter(kwargs))),)
-        run = partial(run_deltas, base, self, "weight", site.view, partial(getattr, self, "weight"))
+        read: Callable[[], Tensor] = partial(decoded, self) if site.coded else partial(getattr, self, "weight")
+        run = partial(run_deltas, base, self, "weight", site.view, read)
         if site.rows is not None:
             return _mixed(run, base, site, args, kwargs)
         return run(site.acting, *args, **kwargs)

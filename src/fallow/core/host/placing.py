@@ -9,6 +9,7 @@ from torch import nn
 
 from fallow.core.accompany import accompany
 from fallow.core.delta import Delta
+from fallow.core.foreign_codes import is_coded
 from fallow.core.gradients import watch
 from fallow.core.host.holder import Prepared, Shared, root_of
 from fallow.core.host.layer import Adapted, AdaptedReader, Adapters, adapted
@@ -48,6 +49,7 @@ def _place(spot: Spot) -> Adapters:
         return held
     view = spot.view()
     site = Adapters(spot.key, view)
+    site.coded = is_coded(spot.parameter())
     _swap(spot)
     spot.layer.add_module(spot.attribute, site)
     return site

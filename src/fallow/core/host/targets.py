@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fallow.core.delta import Delta, refuse_not_finite
 from fallow.core.errors import ConfigError, ModelError, nearest
+from fallow.core.foreign_codes import decoded, is_coded
 from fallow.core.host.layer import Adapters, owner_of
 from fallow.core.sharded import is_dtensor
 from fallow.core.stored_weight import StoredWeight
@@ -54,6 +55,11 @@ class Spot:
         """The Parameter itself, not what acts in its place."""
         owner, name = owner_of(self.layer, self.tensor)
         return cast(Tensor, owner._parameters.get(name, getattr(owner, name)))
+
+    def read(self) -> Tensor:
+        """Its values, where another library keeps them in a code too."""
+        owner, name = owner_of(self.layer, self.tensor)
+        return decoded(owner, name) if isinstance(owner._parameters.get(name), Tensor) else self.parameter()
 
     def view(self) -> View:
         try:
@@ -213,10 +219,11 @@ def check_weight(spot: Spot) -> None:
         raise ModelError(f"'{key}' is on the meta device and has no values; load the base weights first")
     if is_dtensor(weight):
         raise ModelError(f"'{key}' is sharded already; attach the adapter first, then call fully_shard")
-    if not isinstance(weight, StoredWeight) and (type(weight.data) is not Tensor or not weight.is_floating_point()):
+    plain = isinstance(weight, StoredWeight) or (type(weight.data) is Tensor and weight.is_floating_point())
+    if not plain and (spot.reader or not is_coded(weight)):
         raise ModelError(
             f"'{key}' is quantised by another library ({type(weight).__name__}, {weight.dtype}), and cannot be read "
-            "here; give PEFT the adapter (get_peft_model), or quantise with fallow's quantize_"
+            "here; give PEFT the adapter (get_peft_model), or quantise with torchao, bitsandbytes or fallow's quantize_"
         )
     if getattr(spot.layer, "max_norm", None) is not None:
         raise ModelError(f"'{key}' rewrites its own weight in each forward (max_norm); exclude it")

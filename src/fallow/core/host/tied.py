@@ -23,6 +23,10 @@ class Tied:
         return self.leader.rows
 
     @property
+    def coded(self) -> bool:
+        return self.leader.coded
+
+    @property
     def acting(self) -> Active:
         return self._seen(self.leader.acting)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fallow.core.delta import Delta
 from fallow.core.engine import new_weight, run_deltas
-from fallow.core.errors import AdapterError, ConfigError
+from fallow.core.errors import AdapterError, ConfigError, ModelError
 from fallow.core.follower import followed
 from fallow.core.stored_weight import StoredWeight
 from fallow.core.views import view_of
@@ -61,8 +61,15 @@ class Acting:
         self._restore()
         if not active:
             return
-        changed = self.weight(active)
         layer, param = self.layer, self.layer.parameter
+        backend = layer.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise ModelError(
+                f"'{active[0][0].site_name}' is quantised by {backend.backend_name} in a way that cannot be made "
+                "again, so nothing merges into it; merge on a base in float32, bf16 or fp16 (of torchao: load the "
+                "model with transformers' TorchAoConfig, which tells how)"
+            )
+        changed = self.weight(active)
         if layer.quantization_backend is not None:  # which makes another Parameter; the packed one is kept
             state = getattr(layer.get_base_layer(), "state", None)  # of bitsandbytes' 8-bit layers
             self.kept = (param, {name: getattr(state, name) for name in ("CB", "SCB") if hasattr(state, name)})

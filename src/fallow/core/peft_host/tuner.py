@@ -31,6 +31,7 @@ from fallow.core.views import view_of
 
 LAYERS = (*LINEAR, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention)
 ALL = "all-layers"
+TORCHAO = "get_apply_tensor_subclass"  # what PEFT's backend asks for, to code a merged weight again
 SHOWN = 8  # names that an error tells of
 
 
@@ -116,7 +117,10 @@ class FallowModel(BaseTuner):
         self, key: str, target: nn.Module, name: str, parent: nn.Module, tensor: str | None = None
     ) -> FallowLayer:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        backend = resolve_quantization_backend(base, **get_quantization_kwargs(self))
+        told = get_quantization_kwargs(self)  # how torchao has quantised the model; a model may not know it
+        backend = resolve_quantization_backend(base, **{TORCHAO: bool, **told})
+        if backend is not None and backend.backend_name == "torchao":
+            backend.supports_merge &= TORCHAO in told
         tensor = _adaptable(key, base, tensor, self._adapting.in_place, backend is not None)
         linear = isinstance(base, LINEAR) or (backend is not None and hasattr(base, "in_features"))
         kind = FallowLinear if linear else FallowLayer if tensor == _tensor_of(base) else ParamWrapper
