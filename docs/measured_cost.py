@@ -46,7 +46,7 @@ def _rows(run: dict[str, Any], case: dict[str, Any]) -> Iterator[str]:
         return
     options = ", ".join(f"{name}={value!r}" for name, value in case["options"].items())
     layers = f"{case['layers']} linear and convolutions" if case["convolutions"] else f"{case['layers']} linear"
-    first = [NETWORKS[run["model"]], f"`{options}`" if options else "", layers, f"{case['trained']:,}"]
+    first = [NETWORKS[run["model"]], f"`{options}`" if options else "defaults", layers, f"{case['trained']:,}"]
     for other in case["against"]:
         figures = [other["name"], f"{other['trained']:,}", f"{other['time_ratio']:.2f}", f"{other['peak_ratio']:.2f}"]
         yield f"| {' | '.join([*first, *figures])} |"

@@ -176,6 +176,13 @@ def test_every_option_is_explained(card):
     assert EXAMPLES.keys() == {card.slug for card in DELTAS}
 
 
+def test_the_readme_changes_one_line(names):
+    (_, example, *_) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(example, names)
+    assert Path("adapter/adapter_model.safetensors").is_file()
+    assert Path("plain-lora/adapter_model.safetensors").is_file()
+
+
 def test_measured_costs_are_shown_where_there_are_some(tmp_path):
     assert measured("bone", tmp_path) == []
     against = [{"name": "PEFT MiSS", "trained": 640, "time_ratio": 0.914, "peak_ratio": 1.0061}]
