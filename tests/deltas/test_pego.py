@@ -65,7 +65,7 @@ def test_values_and_gradients_equal_the_sum_of_modules_and_the_start_is_the_base
 @sides
 @each
 def test_penalties_and_their_gradients_equal_the_dense_forms(kind, side, norm, monkeypatch):
-    monkeypatch.setattr(pego, "CHUNK", 100)  # several chunks, the last one shorter
+    monkeypatch.setattr(pego, "CPU_CHUNK", 100)  # several chunks, the last one shorter
     layer = LAYERS[kind]().double()
     model = on(layer, side=side, norm=norm)
     delta = model.delta
@@ -193,7 +193,7 @@ def test_half_precision_bases_have_a_finite_penalty_equal_to_that_of_float32(dty
 
 
 def test_the_penalty_makes_no_matrix_as_large_as_the_weight(peak_bytes, monkeypatch):
-    monkeypatch.setattr(pego, "CHUNK", 1 << 14)
+    monkeypatch.setattr(pego, "CPU_CHUNK", 1 << 14)
     model = on(nn.Linear(512, 512, bias=False), rank=4, group=4)
     model.delta.randomize()
     whole = 512 * 512 * 4

@@ -24,7 +24,7 @@ from fallow.core.errors import ConfigError
 from fallow.core.factored import down
 from fallow.core.views import View
 
-CHUNK = 1 << 21  # entries of L Rᵀ that exist at one time
+CPU_CHUNK, CHUNK = 1 << 18, 1 << 24  # entries of L Rᵀ that exist at one time: of a core's cache, or on a GPU
 
 
 class PEGO(Delta):
@@ -104,27 +104,29 @@ class PEGO(Delta):
 
 
 class _AbsoluteSum(torch.autograd.Function):
-    """The sum of |L Rᵀ|; its gradients, S R and Sᵀ L of the signs S, are made along with it, chunk by chunk of rows."""
+    """The sum of |L Rᵀ|; its gradients, S R and Sᵀ L of the signs S, are made along with it, chunk by chunk of rows.
+
+    |P| is S * P, so the sum is that of L * (S R). Thin matrices lie as (r, n), the layout in which their products with
+    S run fastest on a CPU.
+    """
 
     @staticmethod
     def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
-        need_left, need_right = ctx.needs_input_grad
+        left, right = left.mT.contiguous(), right.mT.contiguous()
         grad_left, grad_right = torch.empty_like(left), torch.zeros_like(right)
-        total = left.new_zeros(())
-        rows = max(1, CHUNK // max(1, right.shape[0] * right.shape[1]))
-        for start in range(0, left.shape[1], rows) if left.numel() else ():
-            part = left[:, start : start + rows]
-            product = part @ right.mT
-            total += product.abs().sum()
-            if need_left or need_right:
-                signs = product.sign_()
-                grad_left[:, start : start + rows] = signs @ right
-                grad_right.baddbmm_(signs.mT, part)
+        rows = max(1, (CPU_CHUNK if left.device.type == "cpu" else CHUNK) // max(1, right.shape[2]))
+        for i in range(len(left)):
+            for start in range(0, left.shape[2], rows):
+                part = left[i, :, start : start + rows]
+                signs = (part.T @ right[i]).sign_()
+                grad_left[i, :, start : start + rows] = right[i] @ signs.T
+                if ctx.needs_input_grad[1]:
+                    grad_right[i].addmm_(part, signs)
         ctx.save_for_backward(grad_left, grad_right)
-        return total
+        return (grad_left * left).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         grad_left, grad_right = ctx.saved_tensors
-        return grad * grad_left, grad * grad_right
+        return grad * grad_left.mT, grad * grad_right.mT
