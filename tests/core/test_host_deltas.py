@@ -453,8 +453,46 @@ def test_an_adapter_is_exchanged_in_place_and_the_compiled_model_stays(x: Tensor
     moved = get_peft_model(other, fallow.LoRAConfig(target_modules=["0", "2"], rank=2))
     with pytest.raises(fallow.AdapterError, match="another base"):
         fallow.hotswap(moved, tmp_path)
-    with pytest.raises(fallow.ConfigError, match="no adapter of PEFT's to exchange"):
-        fallow.hotswap(fallow.attach(mlp(), "lora", rank=2), tmp_path)
+    with pytest.raises(fallow.ConfigError, match="no adapter to exchange"):
+        fallow.hotswap(mlp(), tmp_path)
+
+
+@pytest.mark.parametrize("method", ["lora", "vera", "dora"])
+def test_an_adapter_is_exchanged_in_place_without_peft_too(method: str, x: Tensor, tmp_path):
+    def attached(base: nn.Module, seed: int = 0, **options: Any) -> nn.Module:
+        torch.manual_seed(seed)
+        model = fallow.attach(base, method, ["0", "2"], **{"rank": 2, **options})
+        stir(model, seed)
+        return model.eval()
+
+    given = attached(mlp(), 5)
+    fallow.save(given, tmp_path / "given")
+    model = attached(mlp())
+    held, before = dict(model.named_parameters()), model(x)
+    fallow.hotswap(model, tmp_path / "given")
+    assert torch.equal(model(x), given(x))
+    assert difference(model(x), before) > 1e-3
+    assert all(param is held[name] for name, param in model.named_parameters())
+    now = model(x)
+    for other, told in (
+        (attached(mlp(), rank=1), "rank=1 in .* where adapter 'default' has 2"),
+        (fallow.attach(mlp(), method, ["0"], rank=2), "adapts '2', not both"),
+        (fallow.attach(mlp(), method, ["0", "2"], rank=2, seed=9), "seed=9 in"),
+        (fallow.attach(mlp(), method, ["0", "2"], rank=2, patterns={"0": {"rank": 1}}), "options={'rank': 1} in"),
+        (fallow.attach(mlp(), "bone", ["0", "2"], rank=2), "method='bone' in"),
+    ):
+        fallow.save(other, tmp_path / "other")
+        with pytest.raises(fallow.AdapterError, match=told):
+            fallow.hotswap(model, tmp_path / "other")
+    moved = mlp()
+    with torch.no_grad():
+        moved[0].weight.add_(0.1)
+    with pytest.raises(fallow.AdapterError, match="another base: '0' differs"):
+        fallow.hotswap(attached(moved), tmp_path / "given")
+    assert torch.equal(model(x), now)
+    fallow.merge(model)
+    with pytest.raises(fallow.ConfigError, match="hotswap: the adapters 'default' are merged"):
+        fallow.hotswap(model, tmp_path / "given")
 
 
 # -- bases that are kept in codes -------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from fallow.core.files import (
 from fallow.core.foreign_codes import is_coded
 from fallow.core.fused import Fused
 from fallow.core.host.adapters import finish
-from fallow.core.host.holder import SHARED, Blocks, Prepared, Spec, check_name, needed, prepare
+from fallow.core.host.holder import SHARED, Blocks, Prepared, Spec, check_name, needed, prepare, refuse_merged
 from fallow.core.host.layer import Adapters, sites, weight_at
 from fallow.core.host.placing import install
 from fallow.core.host.targets import Spot, check_weight, spots
@@ -53,19 +53,8 @@ def save(model: nn.Module, path: str | Path, name: str = "default") -> Path:
     """
     root, shared = needed(model, name)
     path, spec = Path(path), shared.specs[name]
-    keys = {(id(s.layer), s.attribute): s for s in spots(root)}
-    tensors: dict[str, Tensor] = {}
-    described: dict[str, Any] = {}
-    for module, site in sites(root):
-        if name not in site:
-            continue
-        delta = cast(Delta, site[name])
-        attribute = next(at for at, child in module._modules.items() if child is site)
-        spot = keys[id(module), attribute]
-        tensors |= {spot.state_key(key): whole(value) for key, value in delta.state_dict().items()}
-        described[spot.key] = _described(delta, spec, weight_at(module, site), site) | {
-            "layer": layout(module, site.view)
-        }
+    deltas, described = _held(root, spec, name)
+    tensors = {spot.state_key(key): whole(value) for spot, delta in deltas for key, value in delta.state_dict().items()}
     tensors |= {f"{SHARED}.{key}": whole(value) for key, value in shared[name].state_dict().items()}
     refuse_not_finite(path, tensors)
     told = {"method": spec.method, "options": spec.options, "seed": spec.seed, "weights": described}
@@ -76,6 +65,22 @@ def save(model: nn.Module, path: str | Path, name: str = "default") -> Path:
     if rank() == 0:
         _write(path, tensors, header, {"format": FORMAT, "version": VERSION, **told})
     return path
+
+
+def _held(root: nn.Module, spec: Spec, name: str) -> tuple[list[tuple[Spot, Delta]], dict[str, Any]]:
+    """The Deltas of an adapter, and what a file tells of each weight."""
+    keys = {(id(s.layer), s.attribute): s for s in spots(root)}
+    deltas: list[tuple[Spot, Delta]] = []
+    described: dict[str, Any] = {}
+    for module, site in sites(root):
+        if name in site:
+            delta = cast(Delta, site[name])
+            spot = keys[id(module), next(at for at, child in module._modules.items() if child is site)]
+            deltas.append((spot, delta))
+            described[spot.key] = _described(delta, spec, weight_at(module, site), site) | {
+                "layer": layout(module, site.view)
+            }
+    return deltas, described
 
 
 def _described(delta: Delta, spec: Spec, weight: Tensor, site: Adapters) -> dict[str, Any]:
@@ -148,6 +153,44 @@ def load(model: nn.Module, path: str | Path, name: str = "default", *, force: bo
     install(model, made, every)
     finish(model, name)
     return model
+
+
+def exchange(model: nn.Module, path: str | Path, name: str = "default") -> None:
+    """Let a loaded adapter be the one that `path` holds: same method, options, weights and base.
+
+    Values are copied; no module or Parameter is exchanged, so that a compiled model stays compiled. AdapterError for a
+    file that differs in these or is broken, ConfigError while adapters are merged; the model is then as it was.
+    """
+    root, shared = needed(model, name)
+    refuse_merged(model, "hotswap")
+    path, spec = Path(path), shared.specs[name]
+    file = path / WEIGHTS if path.is_dir() else path
+    tensors, header = read_tensors(file)
+    told = _told(file, header)
+    refuse_not_finite(file, tensors)
+    deltas, described = _held(root, spec, name)
+    own = {"method": spec.method, "seed": spec.seed, **spec.options}
+    _refuse_other(file, {"method": told["method"], "seed": told["seed"], **told["options"]}, own, name)
+    for key in sorted(told["weights"].keys() ^ described.keys()):
+        raise AdapterError(f"{file} or adapter '{name}' adapts '{key}', not both; load it as another adapter instead")
+    for key, weight in described.items():
+        of_file = told["weights"][key]
+        for part in ("shape", "options", "blocks", "apart"):
+            _refuse_other(f"{file} at '{key}'", {part: of_file.get(part)}, {part: weight.get(part)}, name)
+        if weight["base"] and of_file["base"] and weight["base"] != of_file["base"]:
+            raise AdapterError(f"{file} was trained on another base: '{key}' differs; load it onto its own")
+    _fill(file, Prepared(REGISTRY[spec.method], name, shared[name], deltas, spec), tensors)
+
+
+def _refuse_other(place: object, given: Mapping[str, Any], own: Mapping[str, Any], name: str) -> None:
+    """AdapterError, by name, for the first thing that a file has otherwise than the adapter in the model."""
+    own = json.loads(json.dumps(own))  # as a file has it
+    for key in dict.fromkeys([*given, *own]):
+        if given.get(key) != own.get(key):
+            raise AdapterError(
+                f"{key}={given.get(key)!r} in {place}, where adapter '{name}' has {own.get(key)!r}; load it as another "
+                "adapter instead"
+            )
 
 
 def _told(file: Path, header: Mapping[str, str]) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fallow.core.errors import AdapterError, ConfigError, nearest
+from fallow.core.host.files import exchange
+from fallow.core.host.holder import root_of
 from fallow.core.peft_host.deltas import DeltaConfig
 from fallow.core.peft_host.layer import FallowLayer
 from fallow.core.peft_host.tuner import FallowModel
@@ -29,17 +31,18 @@ SAME = (
 
 @torch.no_grad()
 def hotswap(model: nn.Module, path: str | PathLike[str], adapter_name: str = "default") -> None:
-    """Let `adapter_name` be the adapter saved in the folder `path`: same method, options, layers and base.
+    """Let `adapter_name` be the adapter saved in the folder `path`: same method, options, layers and base; of either
+    host, as `fallow.save` or `save_pretrained` wrote it.
 
     AdapterError for a file that differs in these or that is broken, ConfigError for an adapter that is not there or is
     merged; the model is then as before.
     """
     held: dict[str, Any] = getattr(model, "peft_config", {})
+    if not held and root_of(model) is not None:
+        exchange(model, Path(path), adapter_name)
+        return
     if not held:
-        raise ConfigError(
-            f"{type(model).__name__} has no adapter of PEFT's to exchange; where fallow.attach put one, call "
-            "fallow.detach(model, name) and fallow.load(model, path, name)"
-        )
+        raise ConfigError(f"{type(model).__name__} has no adapter to exchange; load one first")
     if adapter_name not in held:
         raise ConfigError(f"there is no adapter '{adapter_name}' to exchange{nearest(adapter_name, held)}")
     if any(adapter_name in layer.merged_adapters for layer in model.modules() if isinstance(layer, FallowLayer)):
