@@ -1,4 +1,4 @@
-"""Layers take a sample without a batch, as torch's own do: every method, in float32 and on a bf16 base."""
+"""Layers take a sample without a batch, and a batch without samples, as torch's own do: every method."""
 
 from __future__ import annotations
 
@@ -47,3 +47,21 @@ def test_a_sample_alone_gives_what_it_gives_in_a_batch_of_one(method: str, kind:
     assert torch.equal(got[0], want[0][0])
     assert all((g is None and w is None) or torch.equal(g, w) for g, w in zip(got[1:], want[1:], strict=True))
     assert any(g is not None and g.abs().sum() > 0 for g in got[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_without_samples_gives_none_and_gradients_of_zero(method: str, kind: str, dtype: torch.dtype) -> None:
+    make, shape = LAYERS[kind]
+    torch.manual_seed(0)
+    layer = make().to(dtype)
+    model = OneLayer(layer, method, context={"quality": torch.tensor(0.7)}, **OPTIONS.get(method, {"rank": 2}))
+    model.delta.randomize()
+    x = torch.zeros(0, *shape, dtype=dtype, requires_grad=True)
+    y = model(x)
+    assert y.shape == layer(x).shape
+    assert y.dtype == dtype
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(p.grad is None or not p.grad.any() for p in model.delta.all_parameters())

@@ -147,7 +147,7 @@ class _LowRankLinear(torch.autograd.Function):
 def pieces(rows: Tensor, width: int, least: int = 1) -> Iterator[slice]:
     """Of rows, so many that numbers of which each row has `width` may be made of them on the way; `least` at least."""
     size = max(least, (CPU_PIECE if rows.device.type == "cpu" else PIECE) // width)
-    return (slice(start, start + size) for start in range(0, len(rows), size))
+    return (slice(start, start + size) for start in range(0, max(1, len(rows)), size))
 
 
 def _pieces(rows: Tensor, width: int, b: Tensor) -> Iterator[slice]:

@@ -171,7 +171,7 @@ class _Shards:
 
     def back(self, rows: Tensor, h: Tensor) -> None:
         whole_shards = rows.shape[1] - rows.shape[1] % self.width
-        rows[:, :whole_shards].view(len(rows), -1, self.width).add_(h.T.unsqueeze(1))
+        rows[:, :whole_shards].unflatten(1, (-1, self.width)).add_(h.T.unsqueeze(1))
         rows[:, whole_shards:] += h.T[:, : rows.shape[1] - whole_shards]
 
     def plain(self, x: Tensor, dtype: torch.dtype) -> Tensor:
