@@ -12,10 +12,11 @@ from torch import nn
 from fallow.core.errors import ConfigError
 from fallow.core.lion import Lion
 from fallow.recipes.methods import make_method
-from fallow.recipes.optimizers import OPTIMIZERS, Rule, averaged_values, averages, check_optimizer
+from fallow.recipes.optimizers import LOW_RANK, OPTIMIZERS, Rule, averaged_values, averages, check_optimizer
 from fallow.recipes.trained import Order
 
 RATES = {"sgd": 0.1, "prodigy": None, "lion": 1e-3}
+ON_ENTRIES = [name for name, row in OPTIMIZERS.items() if not row.projects]
 
 
 def made(model: nn.Module, method: str, rule: Rule, lr: float | None, **options: Any) -> Any:
@@ -36,8 +37,9 @@ def weights(model: nn.Module) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("method", ["sara", "shira", "full"])
+@pytest.mark.parametrize(
+    ("method", "name"), [("full", n) for n in OPTIMIZERS] + [(m, n) for m in ("sara", "shira") for n in ON_ENTRIES]
+)
 def test_every_optimizer_trains_every_kind_of_method_and_resumes_bit_for_bit(mlp, method, name):
     lr = RATES.get(name, 1e-3)
     options = {"mask": "rand"} if method == "shira" else {}
@@ -124,7 +126,9 @@ def test_a_pattern_that_matches_nothing_is_refused_with_what_there_is(mlp):
 def test_own_rates_are_made_from_adamws():
     group = {"params": [nn.Parameter(torch.ones(2))], "lr": 1e-3, "weight_decay": 0.0}
     rates = {
-        name: Rule(name, own_rate=True)([dict(group)]).param_groups[0]["lr"] for name in OPTIMIZERS if name != "sgd"
+        name: Rule(name, own_rate=True)([dict(group)]).param_groups[0]["lr"]
+        for name in OPTIMIZERS
+        if name not in ("sgd", "trion")
     }
     assert rates.pop("lion") == pytest.approx(2e-4)
     assert rates.pop("prodigy") == 1.0
@@ -172,6 +176,36 @@ def test_a_schedule_free_optimizer_shows_its_average_and_goes_on_as_if_nothing_w
 def test_what_cannot_be_is_refused(name, options, method_options, lr, blocks, said):
     with pytest.raises(ConfigError, match=said):
         check_optimizer(name, options, method_options, lr, blocks)
+
+
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_a_low_rank_optimizer_projects_the_matrices_of_a_whole_network(mlp, name):
+    model = mlp()
+    options = {"rank": 4} if name == "gradnormlorp" else {}
+    trained = made(model, "full", Rule(name, options), 1e-3)
+    steps(model, trained, 0, 1)
+    ranks = {site.name: site.rank for site in trained.optimizer.sites()}
+    assert {name for name, rank in ranks.items() if rank is not None} == {"0.weight", "2.weight", "4.weight"}
+
+
+def test_a_head_by_its_name_takes_the_plain_rule(mlp):
+    model = nn.ModuleDict({"body": mlp(), "head": nn.Linear(8, 8)})
+    trained = made(model, "full", Rule("galore", lr_blocks={"body.0": 0.5}), 1e-3)
+    sites = {site.name: (site.rank, site.group["lr"]) for site in trained.optimizer.sites()}
+    assert sites["head.weight"] == (None, 1e-3)
+    assert sites["body.0.weight"][0] is not None
+    assert sites["body.0.weight"][1] == sites["body.0.bias"][1] == 5e-4
+
+
+def test_a_low_rank_optimizer_is_refused_over_single_entries(mlp):
+    with pytest.raises(ConfigError, match="galore projects gradients of whole matrices, and SaRA trains single"):
+        made(mlp(), "sara", Rule("galore"), 1e-3)
+
+
+def test_an_option_that_a_named_optimizer_hands_on_is_known_and_another_is_not():
+    check_optimizer("galore", {"stagger": True, "basis": "dct"}, {}, None, False)
+    with pytest.raises(ConfigError, match=r"galore has no option 'stager' \(did you mean 'stagger'\?\)"):
+        check_optimizer("galore", {"stager": True}, {}, None, False)
 
 
 def test_values_that_an_optimizer_refuses_are_told():

@@ -33,7 +33,7 @@ from fallow.core.peft_host import FallowConfig
 from fallow.core.select import Amount
 from fallow.recipes.adapter_files import base_fingerprints, check_peft, save_full, save_peft
 from fallow.recipes.optimizers import ADAMW as ADAMW_ALONE
-from fallow.recipes.optimizers import Rule
+from fallow.recipes.optimizers import OPTIMIZERS, Rule
 from fallow.recipes.parts import of_part, parts_of
 from fallow.recipes.trained import DeltaTraining, DenseTraining, Order, SelectiveTraining, Trained
 from fallow.selection.largest import Largest
@@ -78,6 +78,11 @@ def _selective(cls: type[Selective], **own: Any) -> Callable[[Order], Trained]:
         if order.include is not None:
             options.setdefault("include", order.include)
         if not order.rule.plain:
+            if OPTIMIZERS[order.rule.name].projects:
+                raise ConfigError(
+                    f"optimizer={order.rule.name} projects gradients of whole matrices, and {cls.__name__} trains "
+                    "single entries; take it with method full, or with one that trains matrices, like lora"
+                )
             told = {name: options.pop(name) for name in ADAMW_ALONE if name in options}
             options["rule"] = dataclasses.replace(order.rule, options={**told, **order.rule.options})
         for name, value in own.items():

@@ -7,6 +7,7 @@
     lion           the sign of a momentum (fallow.core.lion)
     schedule-free  AdamW with an average in place of a schedule (schedulefree)
     sgd            torch's SGD; it wants an `lr` of its own
+    galore, ...    AdamW with moments of low rank (fallow.optim), over whole matrices alone: LOW_RANK
 
 The methods' own learning rates are AdamW's; where none is given, that of another optimizer is made from it as OWN says.
 """
@@ -19,14 +20,17 @@ import io
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fallow import catalogue
 from fallow.core.errors import ConfigError, nearest
 from fallow.core.lion import Lion
 from fallow.core.states8bit import AdamW8bit
+from fallow.optim.groups import grouped
 
 Groups = list[dict[str, Any]]
 EXTRA = "pip install 'fallow[optimizers]'"
@@ -58,19 +62,40 @@ def _schedule_free() -> Any:
     return AdamWScheduleFree
 
 
+def _low_rank(slug: str) -> Any:
+    return catalogue.card(slug).load()
+
+
 @dataclass(frozen=True)
 class Optimizer:
     """One row: its class, what it is given unless told otherwise, and how its learning rate follows from AdamW's.
 
-    `share` of AdamW's rate; `rate` in its place; neither: it has none of its own.
+    `share` of AdamW's rate; `rate` in its place; neither: it has none of its own. `projects`: it is a LowRank, which
+    has nothing to project in single entries.
     """
 
     load: Callable[[], Any]
     defaults: Mapping[str, Any]
     share: float | None = 1.0
     rate: float | None = None
+    projects: bool = False
 
 
+# A quarter of each matrix's shorter side, since networks differ in width, and AdamW's rate without a scale of its own.
+LOW_RANK: dict[str, Optimizer] = {
+    name: Optimizer(partial(_low_rank, name), defaults, share, projects=True)
+    for name, defaults, share in (
+        ("galore", {"rank": 0.25, "scale": 1.0}, 1.0),
+        ("q-galore", {"rank": 0.25, "scale": 1.0}, 1.0),
+        ("fira", {"rank": 0.25, "scale": 1.0}, 1.0),
+        ("frugal", {}, 1.0),
+        ("dct-adamw", {"rank": 0.25}, 1.0),
+        ("trion", {"rank": 0.25}, None),
+        ("apollo", {"rank": 0.25}, 1.0),
+        ("apollo-mini", {}, 1.0),
+        ("gradnormlorp", {"scale": 1.0}, 1.0),
+    )
+}
 OPTIMIZERS: dict[str, Optimizer] = {
     "adamw": Optimizer(_adamw, {}),
     "adamw8bit": Optimizer(lambda: AdamW8bit, {}),
@@ -80,9 +105,13 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "lion": Optimizer(lambda: Lion, {}, 0.2),
     "schedule-free": Optimizer(_schedule_free, {}),
     "sgd": Optimizer(lambda: torch.optim.SGD, {}, None),
+    **LOW_RANK,
 }
 # What the recipe decides, or what would break its promise of bit-identical runs; no options of an optimizer.
-APART = {"self", "params", "lr", "weight_decay", "fused", "capturable", "differentiable", "maximize", "fsdp_in_use"}
+APART = {
+    "self", "params", "lr", "weight_decay", "fused", "capturable", "differentiable", "maximize", "fsdp_in_use",
+    "options", "include", "exclude", "largest_side", "mode", "accumulate", "max_norm",
+}  # fmt: skip
 ADAMW = ("betas", "eps")  # options of the methods, which the others have under their own names
 
 
@@ -100,7 +129,7 @@ def check_optimizer(
             f"optimizer_options={dict(options)}: what AdamW takes (betas, eps, weight_decay) are options of the method;"
             " give them there, like --option weight_decay=0.1"
         )
-    allowed = [key for key in inspect.signature(row.load().__init__).parameters if key not in APART]
+    allowed = [key for key in _arguments(row.load()) if key not in APART]
     for key in options:
         if key not in allowed:
             raise ConfigError(f"the optimizer {name} has no option '{key}'{nearest(key, allowed)}")
@@ -110,6 +139,13 @@ def check_optimizer(
         raise ConfigError(f"optimizer={name} has no learning rate of its own; give lr, like lr=0.1")
     if name == "prodigy" and blocks:
         raise ConfigError("optimizer=prodigy finds one rate for everything; leave lr_blocks out, or take another")
+
+
+def _arguments(cls: type) -> list[str]:
+    """Those of its constructor, and where it hands others on by name, those of the class it is made from."""
+    own = inspect.signature(cls).parameters
+    open_ = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
+    return [*own, *(_arguments(cls.__mro__[1]) if open_ and cls.__mro__[1] is not object else [])]
 
 
 @dataclass(frozen=True)
@@ -134,6 +170,7 @@ class Rule:
         """ConfigError where the optimizer refuses its options, or a pattern of `lr_blocks` matches no name."""
         row = OPTIMIZERS[self.name]
         groups = [part for group in groups for part in self._by_rate(group)]
+        groups = [part for group in groups for part in _projected(group, row.projects)]
         if self.own_rate:
             for group in groups:
                 group["lr"] = row.rate if row.rate is not None else group["lr"] * (row.share or 1.0)
@@ -156,7 +193,7 @@ class Rule:
         names, params = group.get("names", []), list(group["params"])
         rest = {key: value for key, value in group.items() if key not in ("names", "params")}
         if not self.lr_blocks:
-            return [{**rest, "params": params}]
+            return [{**group, "params": params}]
         unused, factors = set(self.lr_blocks), []
         for name in names:
             matched = [pattern for pattern in self.lr_blocks if re.search(pattern, name)]
@@ -172,9 +209,19 @@ class Rule:
                 **rest,
                 "lr": rest["lr"] * factor,
                 "params": [p for p, own in zip(params, factors, strict=True) if own == factor],
+                "names": [name for name, own in zip(names, factors, strict=True) if own == factor],
             }
             for factor in sorted(set(factors), key=lambda factor: (factor != 1.0, factor))
         ]
+
+
+def _projected(group: dict[str, Any], projects: bool) -> Groups:
+    """The group without the names; for a low-rank optimizer with embeddings and heads in a group of their own."""
+    rest = {key: value for key, value in group.items() if key != "names"}
+    names = group.get("names", [])
+    if not projects or len(names) != len(group["params"]):
+        return [rest]
+    return [{**rest, **part} for part in grouped(list(zip(names, group["params"], strict=True)), None, None)]
 
 
 class Trained(Protocol):

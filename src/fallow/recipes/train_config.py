@@ -49,7 +49,10 @@ class TrainConfig(BaseModel):
         default_factory=dict,
         description="Factors of the learning rate for weights by name, like mid_block=0.5; regular expressions.",
     )
-    optimizer: str = Field("adamw", description="adamw, adamw8bit, prodigy, adafactor, lion, schedule-free or sgd.")
+    optimizer: str = Field(
+        "adamw",
+        description="adamw, adamw8bit, prodigy, adafactor, lion, schedule-free, sgd; or galore and its kin.",
+    )
     optimizer_options: dict[str, Any] = Field(default_factory=dict, description="That optimizer's own arguments.")
     steps: int = Field(500, ge=1, description="Updates to make.")
     batch_size: int = Field(8, ge=1, description="Pictures that go through the network together.")
