@@ -33,6 +33,7 @@ from fallow.optim.inner.rule import Inner
 from fallow.optim.options import PARTS, check_mode, check_options, with_parts
 from fallow.optim.parts import described
 from fallow.optim.residuals.residual import Residual
+from fallow.optim.sharing import check_sharded, restore, saved_state
 from fallow.optim.site import Site
 from fallow.optim.writing import check_rounding
 
@@ -112,6 +113,7 @@ class LowRank(torch.optim.Optimizer):
         check_rounding(group["rounding"], group["params"])
         group["steps"] = 0
         with_parts(group)
+        check_sharded(group)
         self._found = {}
         if self.in_backward is not None:
             self.in_backward.attach(group["params"])
@@ -200,10 +202,13 @@ class LowRank(torch.optim.Optimizer):
     # -- resuming -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and numbers, which `torch.load(weights_only=True)` reads."""
+        """Plain tensors and numbers, which `torch.load(weights_only=True)` reads; of sharded weights DTensors too."""
         found = super().state_dict()
         for group in found["param_groups"]:
             group.update({key: described(group[key]) for key in PARTS if group[key] is not None})
+        for number, site in enumerate(self.sites()):
+            if site.part is not None and number in found["state"]:
+                found["state"][number] = saved_state(site)
         return found
 
     @torch.no_grad()
@@ -219,6 +224,9 @@ class LowRank(torch.optim.Optimizer):
             if held is not None:
                 self.state[param] = {key: _own(value, param) for key, value in held.items()}
         self._found = {}
+        for site in self.sites():
+            if site.part is not None and site.state:
+                restore(site, dict(site.state))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

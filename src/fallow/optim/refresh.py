@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fallow.core.errors import TrainingError
@@ -54,7 +55,10 @@ def usable(sites: Sequence[Site], gradients: Sequence[Tensor]) -> list[bool]:
     """
     if not sites:
         return []
-    norms = torch.stack([torch.linalg.vector_norm(one, float("inf")).to(sites[0].param.device) for one in gradients])
+    device = sites[0].param.device
+    norms = torch.stack([_largest(one).to(device) for one in gradients])
+    if group := next((site.part.group for site in sites if site.part is not None), None):
+        dist.all_reduce(norms, dist.ReduceOp.MAX, group=group)
     sizes = norms.tolist()
     for site, size in zip(sites, sizes, strict=True):
         if not size < float("inf"):
@@ -63,6 +67,14 @@ def usable(sites: Sequence[Site], gradients: Sequence[Tensor]) -> list[bool]:
                 "can be made; nothing was changed. Clip or skip such steps (GradScaler does), or lower lr"
             )
     return [size > 0 for size in sizes]
+
+
+def _largest(gradient: Tensor) -> Tensor:
+    """0-dim float32: the largest magnitude, infinite where one is no number; 0 of no entries."""
+    if not gradient.numel():
+        return torch.zeros((), device=gradient.device)
+    size = torch.linalg.vector_norm(gradient, float("inf")).float()
+    return torch.where(size.isfinite(), size, float("inf"))
 
 
 def refresh(sites: Sequence[Site], gradients: Sequence[Tensor], group: Mapping[str, Any], step: int) -> None:

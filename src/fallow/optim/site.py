@@ -9,12 +9,14 @@ right, as in GaLore's code. A convolution's weight (out, in, *kernel) is the mat
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fallow.core.errors import ConfigError
+from fallow.core.sharded import Part, local, part_of, summed
 
 SIDES = ("short", "long", "left", "right")
 
@@ -27,8 +29,23 @@ class Site:
     """
 
     __slots__ = (
-        "d", "flipped", "fresh", "group", "index", "n", "name", "order", "param", "peers", "place", "rank", "shared",
+        "d",
+        "flipped",
+        "fresh",
+        "group",
+        "index",
+        "n",
+        "name",
+        "order",
+        "param",
+        "part",
+        "peers",
+        "place",
+        "rank",
+        "shared",
+        "start",
         "states",
+        "whole_n",
     )  # fmt: skip
 
     def __init__(
@@ -40,6 +57,8 @@ class Site:
         self.flipped, self.order = False, tuple(range(param.ndim))
         self.shared: Tensor | None = None  # what the basis holds for all sites of this size
         self.fresh: Tensor | None = None  # R, where choosing the basis has made it
+        self.part = part_of(param)
+        self.whole_n = self.start = 0
         if param.ndim < 2 or not param.numel() or group["rank"] is None:
             return
         strides = param.stride()
@@ -50,8 +69,40 @@ class Site:
             return
         self.flipped = {"short": out >= inner, "long": out < inner, "left": False, "right": True}[group["side"]]
         self.d, self.n = (inner, out) if self.flipped else (out, inner)
+        self.whole_n = self.n
+        if self.part is not None:
+            self._shared(self.part)
         rank = group["basis"].width(group["rank"], self.d, self.n)
         self.rank = None if rank >= group["basis"].most(self.d, self.n) else rank
+
+    def _shared(self, part: Part) -> None:
+        """Where ranks hold slices of the weight, the sliced side is not projected: all but the choice stays local."""
+        out, inner = part.shape[0], math.prod(part.shape[1:])
+        self.flipped = part.dim == 0
+        self.d, self.whole_n = (inner, out) if self.flipped else (out, inner)
+        each = 1 if self.flipped else inner // part.shape[part.dim]
+        self.n, self.start = part.length * each, part.offset * each
+        if self.group["side"] in ("left", "right") and self.flipped != (self.group["side"] == "right"):
+            raise ConfigError(
+                f"side='{self.group['side']}' projects the side of {self.name} that is sharded; give side='short'"
+            )
+        if not self.flipped and self.order != tuple(range(len(part.shape))):
+            raise ConfigError(f"{self.name} is sharded along dimension {part.dim} and not contiguous; make it so")
+
+    @property
+    def data(self) -> Tensor:
+        """What this rank holds of the parameter, the very memory."""
+        return local(self.param)
+
+    @property
+    def grad(self) -> Tensor:
+        """What this rank holds of its gradient."""
+        assert self.param.grad is not None
+        return local(self.param.grad).detach()
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks that hold slices, in place; the tensor itself where one holds all."""
+        return tensor if self.part is None else summed(tensor.contiguous(), self.part.group)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -79,7 +130,7 @@ class Site:
         """(r, n) of what the inner rule sees; the tensor's own shape where nothing is projected."""
         basis = self.group["basis"]
         if self.rank is None or basis.whole:
-            return tuple(self.param.shape)
+            return tuple(self.data.shape)
         return basis.seen(self.rank, self.d, self.n)
 
     @property
@@ -100,8 +151,8 @@ class Site:
 
     def weight(self) -> Tensor:
         """(d, n) the parameter itself. ConfigError where its memory cannot be seen as a matrix."""
-        seen = self.matrix(self.param.detach())
-        if seen.data_ptr() != self.param.data_ptr():
+        seen = self.matrix(self.data)
+        if seen.data_ptr() != self.data.data_ptr():
             raise ConfigError(
                 f"{self.name} {tuple(self.param.shape)} with strides {self.param.stride()} cannot be seen as a matrix "
                 "without a copy; make it contiguous, or give its group rank=None"
@@ -110,8 +161,7 @@ class Site:
 
     def gradient(self) -> Tensor:
         """(d, n) its gradient in the dtype that is computed in; a view where it has that dtype."""
-        assert self.param.grad is not None
-        grad = self.param.grad.detach()
+        grad = self.grad
         if grad.layout != torch.strided:
             raise ConfigError(
                 f"{self.name} has a {grad.layout} gradient; give sparse=False, or another optimizer for it"

@@ -47,8 +47,9 @@ def together(sites: Sequence[Site]) -> Iterator[list[Site]]:
     groups: dict[Any, list[Site]] = {}
     for site in sites:
         shape = (site.d, site.n, site.rank, site.flipped) if site.rank is not None else type(site.inner)
-        groups.setdefault((shape, site.param.dtype, site.param.device), []).append(site)
-    for (_, _, device), group in groups.items():
+        holders = site.part and id(site.part.group)
+        groups.setdefault((shape, holders, site.param.dtype, site.param.device), []).append(site)
+    for (_, _, _, device), group in groups.items():
         most, part, taken = TOGETHER.get(device.type, TOGETHER_ON_ACCELERATOR), list[Site](), 0
         for site in group:
             if part and taken + site.param.numel() > most:
@@ -105,7 +106,7 @@ def move_plain(sites: Sequence[Site], group: Mapping[str, Any]) -> None:
     factor = group["plain_scale"] if sites[0].rank is None else group["scale"]
     lr, inner = group["lr"] * factor, sites[0].inner
     options = {**group, "lr": lr, "weight_decay": group["weight_decay"] / factor if factor else 0.0}
-    gradients = [site.param.grad.detach().to(site.work) for site in sites if site.param.grad is not None]
+    gradients = [site.grad.to(site.work) for site in sites]
     for site in sites:
         site.state["age"] += 1
     if factor and inner.step(sites, gradients, options):

@@ -37,7 +37,7 @@ def check_rounding(rounding: str, params: list[Tensor]) -> None:
 def begin_rounding(site: Site) -> None:
     """What `compensated` keeps: one number of the weight's dtype for each of its entries."""
     if site.group["rounding"] == "compensated" and site.param.dtype != site.work:
-        site.state["lost"] = torch.zeros_like(site.param)
+        site.state["lost"] = torch.zeros_like(site.data)
 
 
 def move_weight(site: Site, move: Move, lr: Any, decay: Any) -> None:
@@ -45,7 +45,7 @@ def move_weight(site: Site, move: Move, lr: Any, decay: Any) -> None:
 
     `lr` may be a tensor on the weight's device; `decay` is the share of W that goes, lr wd.
     """
-    weight = site.param.detach() if site.plain else site.weight()
+    weight = site.data if site.plain else site.weight()
     if move.lift is not None:
         move.lift.mul_(lr)
     if move.along is not None:

@@ -27,6 +27,7 @@ class Basis:
     `orthonormal`: PᵀP = I. `follows`: chosen from the gradient, of which a zero one tells nothing. `decomposes`: by a
     decomposition, which a gradient that is not finite must not reach. `sided`: lies along one side of the matrix, and R
     is (r, n). `columnwise`: columns of W can be treated apart. `whole`: holds all of a tensor, or nothing.
+    `shares`: can be chosen of gradients of which each rank holds a slice.
     """
 
     name: ClassVar[str] = ""
@@ -36,6 +37,7 @@ class Basis:
     sided: ClassVar[bool] = True
     columnwise: ClassVar[bool] = True
     whole: ClassVar[bool] = False
+    shares: ClassVar[bool] = True
 
     def width(self, rank: int | float, d: int, n: int) -> int:
         """Columns for a rank, or for a share of the side."""

@@ -133,7 +133,7 @@ class Block(Basis):
             window = group["steps"] // group["refresh_every"]
             now = site.place in self.active(site.peers, group["rank"], window, group["seed"])
             if now and not state["active"]:
-                moments.begin(site, inner.shapes(tuple(site.param.shape)))
+                moments.begin(site, inner.shapes(tuple(site.data.shape)))
                 state["age"] = 0
             elif now and group["moments"] == "reset":
                 moments.zero(site)

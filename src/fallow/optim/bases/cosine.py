@@ -57,7 +57,7 @@ class Cosine(Chosen):
         turns: list[Turn] = []
         for site, gradient in zip(sites, gradients, strict=True):
             spectrum = self._spectrum(site, gradient)
-            score = torch.linalg.vector_norm(spectrum, ord=self.norm, dim=1)
+            score = site.total(spectrum.abs().pow_(self.norm).sum(1))  # in the order of the norms
             old = site.state["index"]
             new = score.topk(old.numel(), sorted=False)[1].to(old.dtype).sort()[0]
             if site.state["chosen"]:

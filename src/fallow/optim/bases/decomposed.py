@@ -29,6 +29,8 @@ class SVD(Basis):
     name: ClassVar[str] = "svd"
 
     def spaces(self, sites: Sequence[Site], gradients: Tensor, former: Tensor | None, seeds: Sequence[int]) -> Tensor:
+        if sites[0].part is not None:  # no rank has the whole gradient
+            return by_gram(gradients, sites[0].rank or 0, sites[0].total)
         return exact(gradients, sites[0].rank or 0)
 
 
@@ -37,7 +39,7 @@ class Gram(Basis):
     name: ClassVar[str] = "gram"
 
     def spaces(self, sites: Sequence[Site], gradients: Tensor, former: Tensor | None, seeds: Sequence[int]) -> Tensor:
-        return by_gram(gradients, sites[0].rank or 0)
+        return by_gram(gradients, sites[0].rank or 0, sites[0].total)
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,11 @@ class Randomised(Basis):
         number(f"{self.name}: oversampling", self.oversampling, 0)
 
     def spaces(self, sites: Sequence[Site], gradients: Tensor, former: Tensor | None, seeds: Sequence[int]) -> Tensor:
-        rank, (d, n) = sites[0].rank or 0, gradients.shape[-2:]
+        site, rank, d, n = sites[0], sites[0].rank or 0, sites[0].d, sites[0].whole_n
         width = min(rank + self.oversampling, d, n)
-        probes = torch.stack([_gaussian(n, width, seed, gradients) for seed in seeds])
-        found = randomised(gradients, min(rank, n), probes, self.steps)
+        drawn = [_gaussian(n, width, seed, gradients) for seed in seeds]
+        probes = torch.stack([probe.narrow(0, site.start, site.n) for probe in drawn])
+        found = randomised(gradients, min(rank, n), probes, self.steps, site.total)
         return found if rank <= n else _completed(found, rank)
 
 
@@ -67,7 +70,7 @@ class Warm(Randomised):
     def spaces(self, sites: Sequence[Site], gradients: Tensor, former: Tensor | None, seeds: Sequence[int]) -> Tensor:
         if former is None:
             return super().spaces(sites, gradients, former, seeds)
-        return power_step(gradients, former)
+        return power_step(gradients, former, sites[0].total)
 
 
 def _gaussian(rows: int, columns: int, seed: int, like: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ class TwoSided(Basis):
 
     name: ClassVar[str] = "two-sided"
     sided: ClassVar[bool] = False
+    shares: ClassVar[bool] = False
     columnwise: ClassVar[bool] = False
 
     def width(self, rank: int | float, d: int, n: int) -> int:

@@ -26,6 +26,7 @@ class Adafactor(Inner):
     """`momentum`: b1 of an average of U, 0 for none. `decay`: of b2. `floor`: eps under the squares."""
 
     name: ClassVar[str] = "adafactor"
+    shares: ClassVar[bool] = False
     powers: ClassVar[Mapping[str, int]] = {"row": 2, "column": 2, "v": 2, "m": 1}
     momentum: float = 0.0
     decay: float = 0.8

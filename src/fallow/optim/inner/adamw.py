@@ -39,7 +39,7 @@ class AdamW(Inner):
         return found
 
     def step(self, sites: Sequence[Site], gradients: Sequence[Tensor], group: Mapping[str, Any]) -> bool:
-        params = [site.param.detach() for site in sites]
+        params = [site.data for site in sites]
         if any(param.dtype != site.work for site, param in zip(sites, params, strict=True)):
             return False
         self._moved(sites, params, gradients, group, group["lr"], group["weight_decay"])

@@ -31,6 +31,7 @@ class Polar(Inner):
     """`momentum`: mu, 0 where the residual rule keeps one. `method`: of `core.linalg.polar`."""
 
     name: ClassVar[str] = "polar"
+    shares: ClassVar[bool] = False
     powers: ClassVar[Mapping[str, int]] = {"m": 1}
     matrices: ClassVar[bool] = True
     momentum: float = 0.95

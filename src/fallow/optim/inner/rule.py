@@ -22,6 +22,7 @@ class Inner:
     powers: ClassVar[Mapping[str, int]] = {}
     form: ClassVar[str | None] = None
     matrices: ClassVar[bool] = False
+    shares: ClassVar[bool] = True  # whether slices of a tensor can be treated apart
 
     def fits(self, tensor: Tensor) -> bool:
         return not self.matrices or tensor.ndim >= 2

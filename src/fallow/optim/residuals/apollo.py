@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fallow.optim.bases.basis import Basis
 from fallow.optim.parts import number, one_of
-from fallow.optim.residuals.limiter import GUARD, limited
+from fallow.optim.residuals.limiter import GUARD, limited, norms
 from fallow.optim.residuals.residual import Move, Residual, needs_side
 from fallow.optim.site import Site
 
@@ -48,12 +48,12 @@ class Apollo(Residual):
         self, site: Site, basis: Basis, gradient: Tensor, projected: Tensor, direction: Tensor, correction: float
     ) -> Move:
         dims = (0,) if self.level == "channel" else (0, 1)
-        inside = torch.linalg.vector_norm(projected, dim=dims)
-        along = torch.linalg.vector_norm(direction, dim=dims) / (inside + GUARD)  # times `correction`
+        inside = norms(site, projected, dims)
+        along = norms(site, direction, dims) / (inside + GUARD)  # times `correction`
         root = site.group["scale"] ** 0.5
         along = along * root if self.front else along
         if self.limit is not None:
-            size = torch.linalg.vector_norm(gradient, dim=dims)
-            norm = torch.linalg.vector_norm(along * size) / correction
+            square = (along * norms(site, gradient, dims)).square().sum()
+            norm = (site.total(square) if along.ndim else square).sqrt() / correction
             along = along * limited(norm, site.state["norm"], self.limit)
         return Move(source=gradient, along=along if self.front else along * root)

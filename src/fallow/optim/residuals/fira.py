@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fallow.optim.bases.basis import Basis
 from fallow.optim.parts import number, one_of
-from fallow.optim.residuals.limiter import GUARD, limited
+from fallow.optim.residuals.limiter import GUARD, limited, norms
 from fallow.optim.residuals.residual import Move, Residual, needs_orthonormal, needs_side
 from fallow.optim.site import Site
 
@@ -58,15 +58,16 @@ class Fira(Residual):
         scale = site.group["scale"]
         # (n,), or 0-dim for the level "matrix"
         dims = (0,) if self.level == "column" else (0, 1)
-        inside = torch.linalg.vector_norm(projected, dim=dims)
-        phi = torch.linalg.vector_norm(direction, dim=dims) / (inside + GUARD)  # times `correction`
+        inside = norms(site, projected, dims)
+        phi = norms(site, direction, dims) / (inside + GUARD)  # times `correction`
         if self.ceiling is not None:
             phi = torch.minimum(phi, phi.median() * self.ceiling)
         share = 1.0 if self.exact else scale
         if self.limit is not None:
-            whole = torch.linalg.vector_norm(gradient, dim=dims).square()
+            whole = norms(site, gradient, dims).square()
             outside = (whole - share * (2 - share) * inside.square()).clamp_min(0)
-            norm = (phi.square() * outside).sum().sqrt() / correction
+            square = (phi.square() * outside).sum()
+            norm = (site.total(square) if phi.ndim else square).sqrt() / correction
             phi = phi * limited(norm, site.state["norm"], self.limit)
         lift = direction.mul_(scale).sub_(projected.mul_(phi), alpha=share)
         return Move(lift=lift, source=gradient, along=phi)

@@ -45,7 +45,8 @@ class Sign(Residual):
     ) -> Move:
         rest = basis.leftover(site, gradient, projected)
         noise = self.noise if self.noise is not None else NOISE[site.param.dtype]
-        rest.masked_fill_(rest.abs() <= noise * gradient.abs().amax(), 0.0)
+        if rest.numel():  # of the largest entry that this rank holds
+            rest.masked_fill_(rest.abs() <= noise * gradient.abs().amax(), 0.0)
         return Move(lift=direction.mul_(site.group["scale"]), dense=rest.sign_().mul_(self.share))
 
     def alone(self, site: Site, gradient: Tensor) -> Move:

@@ -84,4 +84,4 @@ def needs_side(residual: Residual, basis: Basis) -> None:
 def begin_dense(site: Site, key: str, form: str = "fp32") -> None:
     """A state of the parameter's shape, laid out as it is."""
     kind = torch.bfloat16 if form == "bf16" and site.work == torch.float32 else site.work
-    site.state[key] = torch.zeros_like(site.param, dtype=kind)
+    site.state[key] = torch.zeros_like(site.data, dtype=kind)
