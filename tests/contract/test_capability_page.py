@@ -37,7 +37,7 @@ def _words(line: str) -> list[str]:
 def test_a_mark_says_which_host_can():
     lora = capabilities("lora")
     assert capability_page.mark(COLUMNS["merge"], "lora", lora["merge"]) == "✓"
-    assert capability_page.mark(COLUMNS["bnb4"], "lora", lora["bnb4"]) == "PEFT"
+    assert capability_page.mark(COLUMNS["sum"], "lora", lora["sum"]) == "PEFT"
     assert capability_page.mark(COLUMNS["lora"], "lora", lora["lora"]).startswith("rank 2 of")
     sara = capabilities("sara")
     assert capability_page.mark(COLUMNS["nf4"], "sara", sara["nf4"]) == "in place"
