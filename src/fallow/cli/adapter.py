@@ -200,7 +200,11 @@ def show_checkpoints(found: dict[str, Any]) -> None:
         only = found[f"only_in_{side}"]
         if only:
             rows.append((f"only in {found[side]}", f"{len(only)} tensors, such as {only[0]}"))
+    if not found["total"]:
+        rows = [("in common", "no tensor: they are of other methods, formats or networks"), *rows[3:]]
     show.facts(f"{found['first']} and {found['second']}", rows)
+    if not found["total"]:
+        show.note("to see how they differ in effect, merge each (fallow adapter merge) and compare the two pipelines")
     show_tensors(found["tensors"])
 
 

@@ -110,7 +110,8 @@ class Truncation:
         given = [name for name in ("rank", "energy", "ratio") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ConfigError(
-                f"{' and '.join(given) or 'nothing'} is given to choose the rank by; give one of rank, energy, ratio"
+                f"{' and '.join(given) or 'nothing'} {'are' if given else 'is'} given to choose the rank by; give "
+                "one of rank, energy, ratio"
             )
         for name in ("rank", "most"):
             value = getattr(self, name)

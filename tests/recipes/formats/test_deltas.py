@@ -386,3 +386,27 @@ def test_what_cannot_be_saved_or_said_is_refused_by_name(tmp_path):
     with pytest.raises(ConfigError, match="'default' is merged"):
         fallow.save_adapter(model, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        ("bonne", "of method='bonne', which this Fallow does not know.*did you mean 'bone'.*update Fallow"),
+        ("sara", "holds entries of weights .sara.; fallow.to_sparse makes a sparse adapter of it"),
+    ],
+)
+def test_what_is_no_weight_parameterization_here_says_what_to_do_instead(method, told, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "FALLOW", "method": method}))
+    save_file({"base_model.model.layer.fallow_delta.values": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=told):
+        convert(tmp_path, "peft", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_difference_of_adapters_that_have_no_tensor_in_common_is_not_told_as_none(tmp_path):
+    for name in ("one", "two"):
+        save_file({f"{name}.lora_A.weight": torch.ones(2, 2)}, tmp_path / f"{name}.safetensors")
+    result = CliRunner().invoke(app, ["adapter", "diff", *(str(tmp_path / f"{n}.safetensors") for n in ("one", "two"))])
+    assert result.exit_code == 0, result.output
+    assert "no tensor: they are of other methods" in result.output
+    assert "relative change" not in result.output

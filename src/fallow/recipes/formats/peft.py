@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fallow.core.errors import AdapterError
+from fallow.catalogue import methods
+from fallow.core.errors import AdapterError, nearest
 from fallow.core.files import write_json, write_tensors
 from fallow.core.sparse import CONFIG, WEIGHTS
 from fallow.recipes.adapter_directory import (
@@ -65,9 +66,7 @@ def read(folder: Path, part: str | None = None) -> Adapter:
     config = read_config(folder)
     kind = config.get("peft_type")
     if kind == "FALLOW":
-        raise AdapterError(
-            f"{folder} is of Fallow's '{config.get('method')}'; fallow adapter convert makes a LoRA of it, or merge it"
-        )
+        raise AdapterError(_of_ours(folder, str(config.get("method"))))
     if kind != "LORA":
         raise AdapterError(
             f"{folder} is PEFT's {kind}; only its LORA, VERA, RANDLORA, MISS and SHIRA have another format: merge it "
@@ -84,6 +83,20 @@ def read(folder: Path, part: str | None = None) -> Adapter:
             "path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
         )
     return _of_tensors(folder, config, part)
+
+
+def _of_ours(folder: Path, method: str) -> str:
+    """What is to be done with an adapter of Fallow's type where one of PEFT's own is wanted."""
+    homes = {card.slug: card.home for card in methods() if card.ready and card.home}
+    if method not in homes:
+        return (
+            f"{folder} is of method='{method}', which this Fallow does not know{nearest(method, homes)}; update Fallow"
+        )
+    if homes[method].startswith("fallow.selection."):
+        return (
+            f"{folder} holds entries of weights ({method}); fallow.to_sparse makes a sparse adapter of it, or merge it"
+        )
+    return f"{folder} is of Fallow's '{method}'; fallow adapter convert makes a LoRA of it, or merge it"
 
 
 def _of_tensors(folder: Path, config: Mapping[str, Any], part: str | None) -> Adapter:
