@@ -136,3 +136,37 @@ def test_pefts_host_trains_and_saves_on_torchao_and_merges_where_it_knows_how_th
         assert 0.0 < far(again(X), said) < 0.1  # coded anew
         again.unmerge_adapter()
         assert torch.equal(again(X), said)
+
+
+class Forward:
+    """Of a code that can be run and not made."""
+
+    backend_name, supports_merge = "a code of its own", False
+
+
+def test_where_one_layer_cannot_merge_none_does():
+    before = plain()(X)
+    model = get_peft_model(plain(), fallow.LoRAConfig(rank=2, target_modules=["0", "2"]))
+    stir(model)
+    said = model(X)
+    first, second = (model.base_model.model[number] for number in (0, 2))
+    second.quantization_backend = Forward()
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(
+            ModelError, match="'2' is quantised by a code of its own in a way that cannot be made again"
+        ):
+            merge()
+        assert not first.merged
+        assert torch.equal(model(X), said)
+    second.quantization_backend = None
+    model.add_adapter("gated", fallow.SMoRAConfig(rank=4, active=2, target_modules=["2"]))
+    model.base_model.set_adapter(["default", "gated"])
+    with pytest.raises(
+        fallow.ConfigError, match="'smora' acts on a layer's input and output; it has no weight and cannot merge"
+    ):
+        model.merge_adapter()
+    assert not first.merged
+    model.merge_adapter(["default"])
+    assert first.merged
+    model.unmerge_adapter()
+    assert torch.equal(model.unload()(X), before)

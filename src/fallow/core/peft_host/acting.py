@@ -61,14 +61,8 @@ class Acting:
         self._restore()
         if not active:
             return
+        allow(self.layer, active)
         layer, param = self.layer, self.layer.parameter
-        backend = layer.quantization_backend
-        if backend is not None and not backend.supports_merge:
-            raise ModelError(
-                f"'{active[0][0].site_name}' is quantised by {backend.backend_name} in a way that cannot be made "
-                "again, so nothing merges into it; merge on a base in float32, bf16 or fp16 (of torchao: load the "
-                "model with transformers' TorchAoConfig, which tells how)"
-            )
         changed = self.weight(active)
         if layer.quantization_backend is not None:  # which makes another Parameter; the packed one is kept
             state = getattr(layer.get_base_layer(), "state", None)  # of bitsandbytes' 8-bit layers
@@ -121,3 +115,17 @@ class Acting:
 
     def loaded(self) -> None:
         """As above."""
+
+
+def allow(layer: FallowLayer, active: Active) -> None:
+    """ConfigError, ModelError where these cannot merge into the layer's weight, whatever their values."""
+    for delta, _ in active:
+        if isinstance(delta, Delta) and not delta.mergeable:
+            raise ConfigError(f"'{delta.name}' acts on a layer's input and output; it has no weight and cannot merge")
+    backend = layer.quantization_backend
+    if active and backend is not None and not backend.supports_merge:
+        raise ModelError(
+            f"'{active[0][0].site_name}' is quantised by {backend.backend_name} in a way that cannot be made "
+            "again, so nothing merges into it; merge on a base in float32, bf16 or fp16 (of torchao: load the "
+            "model with transformers' TorchAoConfig, which tells how)"
+        )

@@ -19,6 +19,7 @@ from fallow.core.accompany import context_of
 from fallow.core.delta import Delta, number, one_of, whole
 from fallow.core.errors import AdapterError, ConfigError, ModelError, nearest
 from fallow.core.gradients import watch
+from fallow.core.peft_host.acting import allow
 from fallow.core.peft_host.contract import PEFT_TYPE, FallowConfig, Hosted, Site
 from fallow.core.peft_host.deltas import DeltaConfig, describe
 from fallow.core.peft_host.layer import LINEAR, PREFIX, FallowLayer, FallowLinear, Holder, ParamWrapper
@@ -181,6 +182,15 @@ class FallowModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         """As above."""
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """PEFT's own, all or nothing where it is known beforehand that one of the layers cannot."""
+        self._refuse_merge(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _refuse_merge(self, adapter_names: list[str] | None) -> None:
+        for layer in _layers(self.model):
+            allow(layer, layer.active(adapter_names))
+
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -188,6 +198,8 @@ class FallowModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
+        if merge:
+            self._refuse_merge(adapter_names)
         for path, layer in list(self.model.named_modules()):
             if not isinstance(layer, FallowLayer):
                 continue
