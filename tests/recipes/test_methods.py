@@ -204,6 +204,9 @@ def test_lora_is_put_on_attention_with_the_given_rank_and_any_further_field(tiny
         ("peft", {"peft_type": "LOHO"}, "did you mean 'LOHA'"),
         ("peft", {"peft_type": "LOHA", "rang": 3}, "no option 'rang'"),
         ("full", {"fraction": 1}, "the method full has no option 'fraction'"),
+        ("bone", {"rank": "abc"}, "rank='abc' must be a whole number of at least 1"),
+        ("bone", {"kind": "bat", "dropout": 0.1}, "dropout=0.1 has no place in kind='bat'"),
+        ("loca", {"peft_version": "1"}, r"the method loca has no option 'peft_version' \(allowed: (?!.*task_type)"),
     ],
 )
 def test_what_does_not_exist_is_named_with_the_nearest_that_does(method, options, said):

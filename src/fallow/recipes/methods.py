@@ -27,7 +27,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
 from fallow.catalogue import card, methods
-from fallow.core.delta import Delta
+from fallow.core.delta import Delta, make_options
 from fallow.core.errors import ConfigError, FallowError, SelectionError, nearest
 from fallow.core.peft_host import FallowConfig
 from fallow.core.select import Amount
@@ -345,6 +345,10 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
     amounts = {name: options[name] for name in AMOUNTS if name in options and options[name] is not None}
     if amounts and method not in ("lora", "peft", "full"):
         Amount(**amounts)
+    if method in DELTAS:
+        delta = delta_of(method)
+        own = {field.name for field in dataclasses.fields(delta.Options)}
+        make_options(delta, {name: value for name, value in options.items() if name in own})
 
 
 def _check_plain(name: str, value: Any, annotation: Any) -> None:
