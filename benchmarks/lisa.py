@@ -30,14 +30,12 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 WAYS: dict[str, dict[str, Any]] = {
     "full": {},
-    "full, checkpointed": {"checkpointing": True},
     "LISA 2": {"lisa": {"active": 2}},
     "LISA 2, states kept": {"lisa": {"active": 2, "state": "keep"}},
     "LISA 1": {"lisa": {"active": 1}},
     "LISA 2, checkpointed": {"lisa": {"active": 2}, "checkpointing": True},
     "LISA 2, ends frozen": {"lisa": {"active": 2, "train_embeddings": False, "train_head": False}},
     "LoRA r=16": {"lora": 16},
-    "LoRA r=16, checkpointed": {"lora": 16, "checkpointing": True},
 }
 
 
@@ -93,7 +91,7 @@ def measured(settings: dict[str, Any], device: str, steps: int) -> dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import fallow
 
 WIDTH, BLOCKS, STEPS, INTERVAL = 64, 8, 120, 10
-LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+LRS = (3e-4, 1e-3, 3e-3, 1e-2)
 Data = tuple[Tensor, Tensor]
 
 
@@ -116,8 +116,6 @@ CONTENDERS: dict[str, Make] = {
     "LISA 1": lisa(active=1),
     "embedding and head": ends_only,
     "LISA 2, cyclic": lisa(active=2, order="cyclic"),
-    "LISA 2, warm-up 2": lisa(active=2, warmup=2),
-    "LISA 4": lisa(active=4),
     "LoRA r=11 and the ends": lora,
 }
 
