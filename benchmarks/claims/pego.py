@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from protocol import RESULTS, Network, accuracy, arguments, digits
+from protocol import RESULTS, SWEEP_SEEDS, Network, accuracy, arguments, digits
 from torch import Tensor, nn
 
 import fallow
 
-LRS = (3e-4, 1e-3, 3e-3, 1e-2)
+LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SEEN, UNSEEN = (0, 20, 40), (90, 140, 180, 230, 270)
 GROUP = {"rank": 4, "group": 4}
 CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -104,7 +104,7 @@ def main(seeds: int) -> None:
     torch.set_num_threads(1)
     told: dict[str, Any] = {"name": "pego", "seeds": seeds, "torch": torch.__version__, "contenders": {}}
     for label in CONTENDERS:
-        sweep = {lr: statistics.fmean(run(label, lr, s, "held out")["seen"] for s in (1000, 1001)) for lr in LRS}
+        sweep = {lr: statistics.fmean(run(label, lr, s, "held out")["seen"] for s in SWEEP_SEEDS) for lr in LRS}
         lr = max(LRS, key=lambda rate, sweep=sweep: sweep[rate])  # type: ignore[misc]
         runs = [run(label, lr, seed, "test") for seed in range(seeds)]
         told["contenders"][label] = {"lr": lr, "sweep": sweep, "at_edge": lr in (LRS[0], LRS[-1]), "runs": runs}
