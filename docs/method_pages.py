@@ -145,6 +145,10 @@ def _reference(card: Card) -> Iterator[str]:
         yield "[all of them](../concepts/deltas.md)."
         for name in EXAMPLES[card.slug].functions if card.slug in EXAMPLES else ():
             yield from ("", f"::: fallow.deltas.{name}", "    options:", "      members: [to_dense]")
+    elif card.idea == "update rule":
+        yield from (f"::: {card.home}.{card.name}", "    options:", "      members: [bind, release]", "")
+        yield "Others of its kind: [low-rank optimizers](../concepts/low-rank-optimizers.md),"
+        yield "[LISA and rules for LoRA](../concepts/optimizers.md)."
     else:
         yield from (f"::: {card.home}.{card.name}", "    options:", "      members: [from_official, from_peft]", "")
         yield "Saving, loading, scales and resuming are those of [every selective method](../python.md)."
@@ -166,8 +170,8 @@ def _use(card: Card) -> Iterator[str]:
         yield from ("```python", *without_peft(card), "```", "")
         if card.slug == "sltrain":
             yield from ("From scratch, in place of the layers themselves:", "", "```python", *PRETRAINING, "```", "")
-    elif card.use or card.idea == "selection":
-        yield from ("```python", card.use.strip("\n") or "\n".join(_selective(card)), "```", "")
+    elif card.use or card.idea in ("selection", "update rule"):
+        yield from ("```python", card.use.strip("\n") or "\n".join(over_a_model(card)), "```", "")
     if line := command(card):
         yield from ("On the command line:", "", "```bash", line, "```")
     elif card.apart:
@@ -247,7 +251,8 @@ def command(card: Card) -> str:
     )
 
 
-def _selective(card: Card) -> list[str]:
+def over_a_model(card: Card) -> list[str]:
+    """The lines of the example of an optimizer over a model: the selective ones can save what they trained."""
     more = ", batches=batches, loss=loss" if card.slug == "lt-sft" else ""
     return [
         "import fallow",
@@ -257,7 +262,7 @@ def _selective(card: Card) -> list[str]:
         "    loss(model, batch).backward()",
         "    optimizer.step()",
         "    optimizer.zero_grad()",
-        'optimizer.save("adapter.safetensors")',
+        *(['optimizer.save("adapter.safetensors")'] if card.idea == "selection" else []),
     ]
 
 
