@@ -27,6 +27,7 @@ from method_pages import (  # noqa: E402
     in_peft,
     is_delta,
     method_page,
+    over_a_model,
     without_peft,
 )
 
@@ -128,6 +129,19 @@ def test_the_example_without_peft_saves_and_loads(card, names):
     assert not torch.allclose(trained, says(card, network(), x), atol=1e-6)
     exec("\n".join(lines[at:]), names)
     torch.testing.assert_close(says(card, names["other"], x), trained, atol=1e-3, rtol=1e-3)
+
+
+OVER_A_MODEL = [card for card in READY if card.idea in ("selection", "update rule") and card.home and not card.use]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("card", OVER_A_MODEL, ids=lambda card: card.slug)
+def test_the_example_of_an_optimizer_over_a_model_trains_it(card, names):
+    exec("\n".join(over_a_model(card)), names)
+    fresh = dict(network().named_parameters())
+    moved = [name for name, param in names["model"].named_parameters() if not torch.equal(param, fresh[name])]
+    assert moved
+    assert Path("adapter.safetensors").exists() == (card.idea == "selection")
 
 
 def test_sltrain_pretrains_and_leaves_plain_layers(names):
