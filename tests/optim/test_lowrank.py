@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 
@@ -263,3 +264,86 @@ def test_a_closure_is_called_with_gradients_on():
 def test_what_cannot_be_is_refused_when_the_optimizer_is_made(given, said):
     with pytest.raises(ConfigError, match=said):
         LowRank([nn.Parameter(torch.randn(6, 9))], **given)
+
+
+def test_a_state_of_another_model_or_optimizer_is_refused_and_changes_nothing():
+    model, own = resumable({})
+    train(model, own, range(3))
+    before = own.state_dict()
+    other = LowRank([nn.Parameter(torch.randn([size + 1 for size in p.shape])) for p in model.parameters()], 1e-3, 2)
+    for param in other.param_groups[0]["params"]:
+        param.grad = torch.randn_like(param)
+    other.step()
+    foreign = torch.optim.AdamW(model.parameters())
+    train(model, foreign, range(1))
+    for state, said in (
+        (other.state_dict(), "belongs to another model, or to other options"),
+        (foreign.state_dict(), "is not a low-rank optimizer's"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            own.load_state_dict(state)
+        after = own.state_dict()
+        assert after["param_groups"] == before["param_groups"]
+        assert all(torch.equal(after["state"][0][key], before["state"][0][key]) for key in ("m", "v", "basis"))
+    train(model, own, range(3, 5))
+
+
+def test_a_group_that_is_refused_is_not_added():
+    own = LowRank([nn.Parameter(torch.randn(6, 9))], 1e-2, 2)
+    with pytest.raises(ConfigError, match="some are float16"):
+        own.add_param_group({"params": [nn.Parameter(torch.randn(6, 9).half())], "rounding": "stochastic"})
+    assert len(own.param_groups) == 1
+
+
+def test_a_copied_optimizer_goes_on_like_the_one_it_is_a_copy_of():
+    model, own = resumable({"residual": "fira"})
+    train(model, own, range(3))
+    other, copied = copy.deepcopy((model, own))
+    for one, optimizer in ((model, own), (other, copied)):
+        train(one, optimizer, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_embeddings_and_heads_of_a_model_take_the_plain_rule(tiny_gpt2):
+    own = LowRank(tiny_gpt2(), 1e-3, 4)
+    projected = {site.name for site in own.sites() if site.rank is not None}
+    plain = {site.name for site in own.sites() if site.rank is None}
+    assert "transformer.h.0.attn.c_attn.weight" in projected
+    assert {"transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight"} <= plain
+    assert all(name.startswith("transformer.h.") and name.endswith(".weight") for name in projected)
+
+
+def test_patterns_on_names_choose_what_is_projected():
+    model, _ = resumable({})
+    names = {
+        pattern: [site.name for site in LowRank(model, 1e-3, 2, **given).sites() if site.rank is not None]
+        for pattern, given in (("all", {}), ("only", {"include": "^2"}), ("but", {"exclude": ["^2", "^4"]}))
+    }
+    assert names == {"all": ["0.weight", "2.weight", "4.weight"], "only": ["2.weight"], "but": ["0.weight"]}
+    for given, said in (
+        ({"include": "^7"}, "include='\\^7' finds no matrix"),
+        ({"include": "("}, "is no regular expression"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            LowRank(model, 1e-3, 2, **given)
+    with pytest.raises(ConfigError, match="are patterns on names"):
+        LowRank(model.parameters(), 1e-3, 2, exclude="^2")
+
+
+def test_weights_in_the_channels_last_format_move_like_others():
+    grads = gradients((5, 4, 3, 3), 4, dtype=torch.float32)
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        param = nn.Parameter(torch.ones(5, 4, 3, 3).to(memory_format=layout))
+        own = LowRank([param], 1e-2, 2, basis="svd")
+        run(own, param, [grad.to(memory_format=layout) for grad in grads])
+        assert param.is_contiguous(memory_format=layout)
+        found.append(param.detach())
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
+
+
+def test_a_weight_that_cannot_be_seen_as_a_matrix_is_an_error():
+    param = nn.Parameter(torch.randn(6, 5, 2, 2).permute(1, 0, 2, 3))
+    param.grad = torch.randn(5, 6, 2, 2)
+    with pytest.raises(ConfigError, match="cannot be seen as a matrix without a copy"):
+        LowRank([param], 1e-2, 2).step()

@@ -30,6 +30,7 @@ from fallow.optim.bases.basis import Basis
 from fallow.optim.groups import grouped
 from fallow.optim.in_backward import InBackward
 from fallow.optim.inner.rule import Inner
+from fallow.optim.moments import fitting
 from fallow.optim.options import PARTS, check_mode, check_options, with_parts
 from fallow.optim.parts import described
 from fallow.optim.residuals.residual import Residual
@@ -110,10 +111,14 @@ class LowRank(torch.optim.Optimizer):
         check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        check_rounding(group["rounding"], group["params"])
         group["steps"] = 0
         with_parts(group)
-        check_sharded(group)
+        try:
+            check_rounding(group["rounding"], group["params"])
+            check_sharded(group)
+        except ConfigError:
+            self.param_groups.pop()
+            raise
         self._found = {}
         if self.in_backward is not None:
             self.in_backward.attach(group["params"])
@@ -213,7 +218,13 @@ class LowRank(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue bit for bit. Tensors keep their own dtypes, where torch's method gives them the parameter's."""
+        """Continue bit for bit. Tensors keep their own dtypes, where torch's method gives them the parameter's.
+
+        ConfigError where the state is another optimizer's or model's; then nothing is changed.
+        """
+        if not all("basis" in group for group in state_dict["param_groups"]):
+            raise ConfigError("this state is not a low-rank optimizer's; its groups have no basis")
+        before = {"state": self.state, "param_groups": [dict(group) for group in self.param_groups]}
         super().load_state_dict({**state_dict, "state": {}})
         for group in self.param_groups:
             with_parts(group)
@@ -224,9 +235,15 @@ class LowRank(torch.optim.Optimizer):
             if held is not None:
                 self.state[param] = {key: _own(value, param) for key, value in held.items()}
         self._found = {}
-        for site in self.sites():
-            if site.part is not None and site.state:
-                restore(site, dict(site.state))
+        try:
+            for site in self.sites():
+                if site.state:
+                    fitting(site)
+                    if site.part is not None:
+                        restore(site, dict(site.state))
+        except ConfigError:
+            self.__setstate__(before)
+            raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

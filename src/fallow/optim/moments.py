@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fallow.core.errors import ConfigError
 from fallow.core.small_floats import M4, M8, V4, V8, decode, encode, to_bfloat16
 from fallow.core.weight_codes import CODES
 from fallow.optim.site import Site
@@ -80,6 +81,22 @@ def write(site: Site, key: str, value: Tensor) -> None:
 def _keys(site: Site) -> list[str]:
     every = (key + end for key in site.inner.shapes(site.shape) for end in ("", "_code", "_scale"))
     return [key for key in every if key in site.state]
+
+
+def fitting(site: Site) -> None:
+    """ConfigError where loaded states are not of this tensor, or of other options."""
+    for key, shape in site.inner.shapes(site.shape).items():
+        held = site.state.get(key)
+        wanted = tuple(shape)
+        if site.part is not None:
+            wanted = (*shape[:-1], site.whole_n) if site.active else tuple(site.param.shape)
+        if held is not None and tuple(held.shape) != wanted:
+            raise ConfigError(
+                f"the state '{key}' of {site.name} {tuple(site.param.shape)} is {tuple(held.shape)}, not {wanted}: it "
+                "belongs to another model, or to other options"
+            )
+    if "age" not in site.state:
+        raise ConfigError(f"the state of {site.name} has no age; it is not a low-rank optimizer's")
 
 
 def zero(site: Site) -> None:
