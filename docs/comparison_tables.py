@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fallow import catalogue
+
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 NETWORKS = ("transformer", "transformer-bf16", "unet")
 
@@ -43,6 +45,10 @@ def times(model: str) -> Callable[[Path], Iterator[str]]:
         yield "| method | layers | trained | LoRA's rank | its trained | time | peak | PEFT's own: time | peak |"
         yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
         yield from map(_time_row, run["cases"])
+        ready = {card.slug for card in catalogue.methods() if card.ready and card.idea == "delta"} | {"shira"}
+        if left := sorted(ready - {case["method"] for case in run["cases"]}):
+            yield ""
+            yield f"Not measured on this network yet: {', '.join(left)}."
 
     return table
 

@@ -16,13 +16,14 @@ RUN = {
     "hardware": "a machine, 2 cores", "versions": {"torch": "2.13"}, "threads": 1, "model": "unet",
     "cases": [
         {
-            "variant": "kasa", "layers": 36, "convolutions": False, "trained": 663840, "load": 2.0, "each": [1.0, 1.1],
+            "variant": "kasa", "method": "kasa", "layers": 36,
+            "convolutions": False, "trained": 663840, "load": 2.0, "each": [1.0, 1.1],
             "against": [
                 {"kind": "lora", "name": "PEFT LoRA r=8", "trained": 663552, "time_ratio": 0.987, "peak_ratio": 1.123},
                 {"kind": "own", "name": "PEFT KaSA", "trained": 663840, "time_ratio": 0.961, "peak_ratio": 0.5},
             ],
         },
-        {"variant": "wara", "refused": "rank=8 is above 4"},
+        {"variant": "wara", "method": "wara", "refused": "rank=8 is above 4"},
     ],
 }  # fmt: skip
 
@@ -32,6 +33,9 @@ def test_a_table_has_the_ratios_of_its_file_and_what_was_refused(tmp_path):
     page = tables.filled("before\n<!-- figures: unet -->\nafter", tmp_path)
     assert "| kasa | 36 | 663,840 | 8 | 663,552 | 0.99 | 1.12 | 0.96 | 0.50 |\n" in page
     assert "| wara | refused: rank=8 is above 4 |" in page
+    left = page.partition("Not measured on this network yet: ")[2]
+    assert "bone, " in left
+    assert "kasa" not in left
     assert "2 turns or more, while the machine did other things (load 2 to 2)" in page
 
 
