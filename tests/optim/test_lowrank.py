@@ -270,10 +270,9 @@ def test_a_state_of_another_model_or_optimizer_is_refused_and_changes_nothing():
     model, own = resumable({})
     train(model, own, range(3))
     before = own.state_dict()
-    other = LowRank([nn.Parameter(torch.randn([size + 1 for size in p.shape])) for p in model.parameters()], 1e-3, 2)
-    for param in other.param_groups[0]["params"]:
-        param.grad = torch.randn_like(param)
-    other.step()
+    larger = nn.Sequential(nn.Linear(9, 13), nn.Tanh(), nn.Linear(13, 13), nn.Tanh(), nn.Linear(13, 4))
+    other = LowRank(larger.named_parameters(), 1e-3, 3)
+    train(larger, other, range(1))
     foreign = torch.optim.AdamW(model.parameters())
     train(model, foreign, range(1))
     for state, said in (
