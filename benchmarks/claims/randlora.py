@@ -50,11 +50,10 @@ def rank(model: nn.Module, digits: Digits) -> dict[str, float]:
 
 if __name__ == "__main__":
     seeds = arguments(__doc__, seeds=4).seeds
-    rates = {"lrs": (3e-3, 1e-2, 3e-2, 1e-1)}
     official = {"rank": 1, "scaling": "official"}
     contenders = {
-        "RandLoRA r=1 (1056)": {"method": "randlora", "options": official, **rates},
-        "LoRA r=16 (1024)": {"method": "lora", "options": {"rank": 16}, **rates},
+        "RandLoRA r=1 (1056)": {"method": "randlora", "options": official, "lrs": (1e-2, 3e-2, 1e-1, 3e-1, 1.0)},
+        "LoRA r=16 (1024)": {"method": "lora", "options": {"rank": 16}, "lrs": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)},
     }
     table(
         "randlora-fit", contenders, lambda label, lr, seed, sweep: fit(contenders[label], lr, seed), "score", seeds,
