@@ -170,9 +170,10 @@ class _Shards:
         return _shard_sum(rows, self.width, -1, dtype).T
 
     def back(self, rows: Tensor, h: Tensor) -> None:
-        whole_shards = rows.shape[1] - rows.shape[1] % self.width
-        rows[:, :whole_shards].unflatten(1, (-1, self.width)).add_(h.T.unsqueeze(1))
-        rows[:, whole_shards:] += h.T[:, : rows.shape[1] - whole_shards]
+        h, rest = h.T.contiguous(), rows.shape[1] % self.width
+        rows[:, : rows.shape[1] - rest].unflatten(1, (-1, self.width)).add_(h.unsqueeze(1))
+        if rest:
+            rows[:, -rest:] += h[:, :rest]
 
     def plain(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return _shard_sum(x, self.width, -1, dtype)
