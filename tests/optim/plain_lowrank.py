@@ -37,6 +37,8 @@ class PlainLowRank:
         s = self.state
         if self.t % self.gap == 0:
             new = leading(g, self.rank)
+            if "p" in s:  # of a column and its negative the one nearer to the last
+                new = new * torch.where((new * s["p"]).sum(0) < 0, -1.0, 1.0)
             if "p" in s and self.moments == "rotate":
                 q = new.mT @ s["p"]
                 s["m"], s["v"] = q @ s["m"], q.square() @ s["v"]

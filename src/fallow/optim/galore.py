@@ -6,7 +6,8 @@
     every step                    R = Pᵀ G,  N = AdamW(R),  W <- W - lr scale P N        states r n + r n, and P r d
 
 Departures: the vectors come from a randomised range finder and then from warm power steps (basis="svd" is the paper's);
-eps is added as in the paper and torch (eps_mode="galore": as the official code, to the uncorrected square root).
+columns of a new basis are turned towards the old ones, whose moments they take over (the sign of a singular vector is
+arbitrary); eps is added as in the paper and torch (eps_mode="galore": as the official code, to the uncorrected root).
 """
 
 from __future__ import annotations

@@ -64,7 +64,11 @@ class Basis:
         known = [site.state["chosen"] for site in sites]
         former = torch.stack([self.matrix(site) for site in sites])
         new = self.spaces(sites, torch.stack([*gradients]), former if all(known) else None, seeds)
-        turns = [one if held else None for held, one in zip(known, new.mT @ former, strict=True)]
+        turned = new.mT @ former
+        # A column and its negative are one direction; of the two, the one that its moments are nearer to.
+        signs = torch.where(turned.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(new.dtype)
+        new, turned = new * signs.unsqueeze(-2), turned * signs.unsqueeze(-1)
+        turns = [one if held else None for held, one in zip(known, turned, strict=True)]
         for site, basis in zip(sites, new, strict=True):
             moments.write_basis(site, basis)
         return turns
