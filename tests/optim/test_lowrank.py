@@ -346,3 +346,24 @@ def test_a_weight_that_cannot_be_seen_as_a_matrix_is_an_error():
     param.grad = torch.randn(5, 6, 2, 2)
     with pytest.raises(ConfigError, match="cannot be seen as a matrix without a copy"):
         LowRank([param], 1e-2, 2).step()
+
+
+@pytest.mark.parametrize("residual", ["drop", "fira", "sign", "sgd", "apollo"])
+def test_a_rate_may_be_a_tensor_that_changes(residual):
+    found = []
+    for wrap in (float, torch.tensor):
+        params = [nn.Parameter(torch.ones(6, 9)), nn.Parameter(torch.ones(9))]
+        own = LowRank(params, wrap(1e-2), 2, residual=residual, weight_decay=0.1)
+        for step in range(4):
+            for at, param in enumerate(params):
+                param.grad = gradients(tuple(param.shape), 1, seed=2 * step + at, dtype=torch.float32)[0]
+            own.step()
+            own.param_groups[0]["lr"] = wrap(1e-2 / (step + 1))
+        found.append([param.detach() for param in params])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_complex_parameters_are_refused():
+    with pytest.raises(ConfigError, match="only real floating-point ones"):
+        LowRank([nn.Parameter(torch.randn(6, 9, dtype=torch.complex64))])

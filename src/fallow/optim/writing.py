@@ -29,7 +29,9 @@ BLOCK_ON_ACCELERATOR = 1 << 24
 
 
 def check_rounding(rounding: str, params: list[Tensor]) -> None:
-    """ConfigError where weights cannot be rounded so."""
+    """ConfigError where weights are of no kind that is moved, or cannot be rounded so."""
+    if strange := [param.dtype for param in params if not param.is_floating_point()]:
+        raise ConfigError(f"a parameter is {strange[0]}; only real floating-point ones are trained")
     if rounding == "stochastic" and any(param.dtype == torch.float16 for param in params):
         raise ConfigError("rounding='stochastic' is for bfloat16 weights, and some are float16; take 'compensated'")
 
