@@ -87,6 +87,19 @@ def test_a_step_makes_no_matrix_of_the_weights_size(shape, residual, peak_bytes)
     assert peak_bytes(own.step) < 0.25 * param.nbytes
 
 
+@pytest.mark.parametrize("shape", [(256, 1024), (1024, 256)], ids=str)
+@pytest.mark.parametrize("basis", ["warm", "rsvd", "random", "coordinates"])
+def test_choosing_a_basis_makes_no_copy_of_a_large_gradient(shape, basis, peak_bytes, monkeypatch):
+    monkeypatch.setattr("fallow.optim.updating.TOGETHER", {"cpu": 1})  # as if they were larger
+    params = [nn.Parameter(torch.zeros(shape)) for _ in range(2)]
+    own = LowRank(params, 1e-3, 8, basis=basis, refresh_every=1)
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.randn(shape)
+        own.step()
+    assert peak_bytes(own.step) < 0.3 * params[0].nbytes
+
+
 def test_a_compiled_step_takes_the_same_steps():
     def trained(compiled: bool, **options: Any) -> list[torch.Tensor]:
         params = [nn.Parameter(torch.zeros(24, 40))]

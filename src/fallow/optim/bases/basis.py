@@ -63,7 +63,8 @@ class Basis:
         """Choose anew for sites of one shape; for each what `turn` takes, None where there was no basis before."""
         known = [site.state["chosen"] for site in sites]
         former = torch.stack([self.matrix(site) for site in sites])
-        new = self.spaces(sites, torch.stack([*gradients]), former if all(known) else None, seeds)
+        together = torch.stack([*gradients]) if len(sites) > 1 else gradients[0].unsqueeze(0)  # a large one as it lies
+        new = self.spaces(sites, together, former if all(known) else None, seeds)
         turned = new.mT @ former
         # A column and its negative are one direction; of the two, the one that its moments are nearer to.
         signs = torch.where(turned.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(new.dtype)
