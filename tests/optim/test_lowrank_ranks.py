@@ -70,6 +70,21 @@ def sharded() -> nn.Sequential:
     return fully_shard(net)
 
 
+def through_torchs_checkpoints() -> dict[str, dict[str, Tensor]]:
+    """Weights of a run, and of one that goes on from what torch.distributed.checkpoint makes of its states."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    net, other = sharded(), sharded()
+    own, resumed = made(net, residual="fira"), made(other, residual="fira")
+    walk(net, own, range(3), half)
+    saved = copy.deepcopy(get_optimizer_state_dict(net, own))
+    other.load_state_dict(copy.deepcopy(net.state_dict()))
+    set_optimizer_state_dict(other, resumed, saved)
+    for one, optimizer in ((net, own), (other, resumed)):
+        walk(one, optimizer, range(3, STEPS), half)
+    return {"run": weights(net), "resumed": weights(other)}
+
+
 def on_a_rank() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for kind, options in KINDS.items():
@@ -96,6 +111,7 @@ def on_a_rank() -> dict[str, Any]:
         resumed.load_state_dict(saved)
         walk(other, resumed, range(4, STEPS), half)
         found[f"resumed {kind}"] = weights(other)
+    found["checkpoint"] = through_torchs_checkpoints()
     net = sharded()
     hooked = made(net, residual="fira", mode="in_backward")
     walk(net, hooked, range(STEPS), half)
@@ -153,6 +169,12 @@ def test_the_update_in_the_backward_pass_works_on_slices_and_is_refused_with_ddp
         for name, weight in wanted.items():
             torch.testing.assert_close(found["hooked"][name], weight, rtol=0, atol=1e-8)
         assert "before the 2 processes could take its mean" in found["refused"]
+
+
+def test_torchs_checkpoints_of_slices_resume_bit_for_bit(ranks):
+    for found in ranks:
+        run, resumed = found["checkpoint"]["run"], found["checkpoint"]["resumed"]
+        assert all(torch.equal(weight, resumed[name]) for name, weight in run.items())
 
 
 def test_what_needs_whole_gradients_is_refused_on_slices(ranks):
