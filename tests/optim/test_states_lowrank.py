@@ -87,6 +87,21 @@ def test_plain_tensors_have_small_states_too_but_not_tiny_ones():
     assert state_bytes(own, small) == 2 * 4 * 100
 
 
+@pytest.mark.parametrize("form", ["8bit", "4bit"])
+def test_coded_states_of_a_large_plain_tensor_are_decoded_a_part_at_a_time_alike(form, monkeypatch, peak_bytes):
+    found = []
+    for part in (1 << 20, 512):
+        monkeypatch.setattr("fallow.optim.moments.PART", part)
+        param = nn.Parameter(torch.ones(70, 130))
+        own = LowRank([param], 1e-2, None, state_dtype=form, weight_decay=0.1)
+        take(own, param, drawn((70, 130), 4))
+        param.grad = drawn((70, 130), 1)[0]
+        found.append((param.detach().clone(), kept(own, param)["m_code"].clone(), peak_bytes(own.step)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert found[1][2] < 0.3 * found[0][2]
+
+
 # -- weights of low precision -----------------------------------------------------------------------------------------
 
 

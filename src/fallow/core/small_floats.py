@@ -58,13 +58,16 @@ M8, V8 = Format(4, 3, True, 256), Format(5, 3, False, 256)
 M4, V4 = Format(3, 0, True, 128, linear=True), Format(4, 0, False, 128)
 
 
-def encode(x: Tensor, form: Format, step: int) -> tuple[Tensor, Tensor]:
-    """(codes uint8, scales (b,) float32) of x (k,), padded by zeros to b whole blocks; two 4-bit codes to a byte."""
+def encode(x: Tensor, form: Format, step: int, place: int = 0) -> tuple[Tensor, Tensor]:
+    """(codes uint8, scales (b,) float32) of x (k,), padded by zeros to b whole blocks; two 4-bit codes to a byte.
+
+    `place`: of the first among entries that are encoded a part at a time.
+    """
     blocks = nn.functional.pad(x, (0, -x.numel() % form.block)).view(-1, form.block)
     size = blocks.abs() if form.signed else blocks
     scale = size.amax(dim=1)
     size = size * (form.top / torch.where(scale > 0, scale, 1.0)).unsqueeze(1)
-    bits, dither = size.view(torch.int32), _dither(size, form.cut, step, form.signed)
+    bits, dither = size.view(torch.int32), _dither(size, form.cut, step, form.signed, place)
     code = ((bits + dither) >> form.cut).sub_(form.lowest)
     most = (1 << (form.exponent + form.mantissa)) - 1
     if form.linear:
@@ -75,12 +78,12 @@ def encode(x: Tensor, form: Format, step: int) -> tuple[Tensor, Tensor]:
     if form.signed:
         code = torch.where(blocks < 0, code + (most + 1), code)
     found = code.to(torch.uint8).view(-1)
-    return (found if form.bits == 8 else _packed(found)), scale
+    return (found if form.bits == 8 else _packed(found, form.block)), scale
 
 
 def decode(codes: Tensor, scale: Tensor, size: int, form: Format) -> Tensor:
     """(size,) float32, what the codes stand for."""
-    code = (codes if form.bits == 8 else _unpacked(codes)).to(torch.int32).view(-1, form.block)
+    code = (codes if form.bits == 8 else _unpacked(codes, form.block)).to(torch.int32).view(-1, form.block)
     most = (1 << (form.exponent + form.mantissa)) - 1
     magnitude = code & most if form.signed else code
     value = ((magnitude + form.lowest) << form.cut).view(torch.float32)
@@ -111,10 +114,12 @@ def _int32(number: int) -> int:
     return (number + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
-def _packed(codes: Tensor) -> Tensor:
-    low, high = codes.view(2, -1)
-    return low | high << 4
+def _packed(codes: Tensor, block: int) -> Tensor:
+    """Two codes to a byte, the halves of a block together, so that blocks stay apart."""
+    low, high = codes.view(-1, 2, block // 2).unbind(1)
+    return (low | high << 4).view(-1)
 
 
-def _unpacked(codes: Tensor) -> Tensor:
-    return torch.cat([codes & 15, codes >> 4])
+def _unpacked(codes: Tensor, block: int) -> Tensor:
+    halves = codes.view(-1, block // 2)
+    return torch.stack([halves & 15, halves >> 4], 1).view(-1)

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from fallow.core.errors import ConfigError
-from fallow.core.small_floats import M4, M8, V4, V8, decode, encode, to_bfloat16
+from fallow.core.small_floats import M4, M8, V4, V8, Format, decode, encode, to_bfloat16
 from fallow.core.weight_codes import CODES
 from fallow.optim.site import Site
 
 FORMS = ("fp32", "bf16", "8bit", "4bit")
 BASIS_FORMS = ("fp32", "bf16", "int8", "nf4")
 SMALL = 1024
+PART = 1 << 20  # entries of coded states that are decoded at once, where entries can be treated apart
 FORMATS = {("8bit", 1): M8, ("8bit", 2): V8, ("4bit", 1): M4, ("4bit", 2): V4}
 
 
@@ -81,6 +82,33 @@ def write(site: Site, key: str, value: Tensor) -> None:
 def _keys(site: Site) -> list[str]:
     every = (key + end for key in site.inner.shapes(site.shape) for end in ("", "_code", "_scale"))
     return [key for key in every if key in site.state]
+
+
+def coded(site: Site, key: str) -> bool:
+    """Whether the state is kept as codes."""
+    return f"{key}_code" in site.state
+
+
+def read_part(site: Site, key: str, start: int, count: int) -> Tensor:
+    """(count,) of a coded state, seen flat, from `start` on, which is a multiple of PART."""
+    kind = FORMATS[form_of(site), site.inner.powers[key]]
+    codes, scales = _part_of(site, key, kind, start, count)
+    return decode(codes, scales, count, kind)
+
+
+def write_part(site: Site, key: str, start: int, value: Tensor) -> None:
+    """Keep what `read_part` gave and the step has changed."""
+    kind = FORMATS[form_of(site), site.inner.powers[key]]
+    codes, scales = _part_of(site, key, kind, start, value.numel())
+    new, scale = encode(value, kind, site.state["age"], start)
+    codes.copy_(new)
+    scales.copy_(scale)
+
+
+def _part_of(site: Site, key: str, kind: Format, start: int, count: int) -> tuple[Tensor, Tensor]:
+    first, blocks, each = start // kind.block, -(-count // kind.block), kind.block * kind.bits // 8
+    codes = site.state[f"{key}_code"].narrow(0, first * each, blocks * each)
+    return codes, site.state[f"{key}_scale"].narrow(0, first, blocks)
 
 
 def fitting(site: Site) -> None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from fallow.optim import moments
 from fallow.optim.inner.rule import Inner
-from fallow.optim.moments import read, write
 from fallow.optim.site import Site
 
 FUSED = ("cpu", "cuda", "xpu", "mps")
@@ -42,8 +42,25 @@ class AdamW(Inner):
         params = [site.data for site in sites]
         if any(param.dtype != site.work for site, param in zip(sites, params, strict=True)):
             return False
-        self._moved(sites, params, gradients, group, group["lr"], group["weight_decay"])
+        large = [at for at, site in enumerate(sites) if moments.coded(site, "m") and params[at].numel() > moments.PART]
+        large = [at for at in large if params[at].is_contiguous() and gradients[at].is_contiguous()]
+        for at in large:
+            self._in_parts(sites[at], params[at].view(-1), gradients[at].view(-1), group)
+        rest = [at for at in range(len(sites)) if at not in large]
+        own = [sites[at] for at in rest]
+        self._moved(
+            own, [params[at] for at in rest], [gradients[at] for at in rest], group, group["lr"], group["weight_decay"]
+        )
         return True
+
+    def _in_parts(self, site: Site, param: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        """The step of a large flat tensor whose moments are codes: decoded a part at a time, not all at once."""
+        for start in range(0, param.numel(), moments.PART):
+            p, g = param[start : start + moments.PART], gradient[start : start + moments.PART]
+            m, v = (moments.read_part(site, key, start, p.numel()) for key in ("m", "v"))
+            self._kernel(site.state["age"], [p], [g], [m], [v], group, group["lr"], group["weight_decay"])
+            moments.write_part(site, "m", start, m)
+            moments.write_part(site, "v", start, v)
 
     def _moved(
         self, sites: Sequence[Site], params: Sequence[Tensor], gradients: Sequence[Tensor], group: Mapping[str, Any],
@@ -59,19 +76,26 @@ class AdamW(Inner):
         self, age: int, sites: list[Site], params: list[Tensor], gradients: list[Tensor], group: Mapping[str, Any],
         lr: Any, decay: float,
     ) -> None:  # fmt: skip
+        first, second = [moments.read(site, "m") for site in sites], [moments.read(site, "v") for site in sites]
+        self._kernel(age, params, gradients, first, second, group, lr, decay)
+        for site, m, v in zip(sites, first, second, strict=True):
+            moments.write(site, "m", m)
+            moments.write(site, "v", v)
+
+    @staticmethod
+    def _kernel(
+        age: int, params: list[Tensor], gradients: list[Tensor], first: list[Tensor], second: list[Tensor],
+        group: Mapping[str, Any], lr: Any, decay: float,
+    ) -> None:  # fmt: skip
         beta1, beta2 = group["betas"]
         eps = group["eps"] / ((1 - beta2**age) ** 0.5 if group["eps_mode"] == "galore" else 1.0)
-        first, second = [read(site, "m") for site in sites], [read(site, "v") for site in sites]
         device = params[0].device
         fused = device.type in FUSED
-        counts = torch.full((len(sites),), float(age - 1), device=device if fused else "cpu").unbind()
+        counts = torch.full((len(params),), float(age - 1), device=device if fused else "cpu").unbind()
         adamw(
             params, gradients, first, second, [], list(counts), foreach=not fused, fused=fused, amsgrad=False,
             beta1=beta1, beta2=beta2, lr=lr, weight_decay=decay, eps=eps, maximize=False,
         )  # fmt: skip
-        for site, m, v in zip(sites, first, second, strict=True):
-            write(site, "m", m)
-            write(site, "v", v)
 
 
 @dataclass(frozen=True)
