@@ -67,6 +67,64 @@ def test_layer_is_its_equation_in_values_and_gradients(kind: str, relu: str, for
         torch.testing.assert_close(p.grad, q.grad)
 
 
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (14, 14)])
+@pytest.mark.parametrize("relu", ["all", "diag"])
+@pytest.mark.parametrize("rows", [4, 90])
+def test_few_rows_are_mixed_and_many_rows_meet_the_formed_weight_with_the_same_result(
+    shape: tuple[int, int], relu: str, rows: int
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(*shape).double()
+    model = OneLayer(layer, "salt", top=3, rank=2, relu=relu)
+    shake(model.delta)
+    x = torch.randn(rows, shape[0], dtype=torch.float64, requires_grad=True)
+    true = [p.detach().clone().requires_grad_() for p in (x, *model.delta.parameters())]
+    got, want = model(x), with_matrix(layer, changed(model, relu, true[1:]), true[0])
+    backward_both(got, want)
+    assert got.grad_fn.formed == (rows == 90)
+    for p, q in zip((x, *model.delta.parameters()), true, strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("relu", ["all", "diag"])
+def test_a_bf16_base_gets_a_change_and_gradients_made_in_float32(relu: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(40, 32).to(torch.bfloat16)
+    model = OneLayer(layer, "salt", top=3, rank=2, relu=relu)
+    with torch.no_grad():
+        model.delta.randomize()
+    x = torch.randn(300, 40, dtype=torch.bfloat16)
+    true = [p.detach().double().requires_grad_() for p in model.delta.parameters()]
+    exact = OneLayer(nn.Linear(40, 32).double(), "salt", top=3, rank=2, relu=relu)
+    exact.layer.weight.data, exact.layer.bias.data = layer.weight.double(), layer.bias.double()
+    for name in ("U", "s", "Vt"):
+        setattr(exact.delta, name, getattr(model.delta, name).double())
+    got, want = model(x), with_matrix(exact.layer, changed(exact, relu, true), x.double())
+    assert got.dtype == torch.bfloat16
+    assert got.grad_fn.formed is False
+    torch.testing.assert_close(got.double(), want, rtol=2e-2, atol=2e-2)
+    grad = torch.randn(300, 32, dtype=torch.bfloat16)
+    got.backward(grad)
+    want.backward(grad.double())
+    for p, q in zip(model.delta.parameters(), true, strict=True):
+        torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("rows", "kept"), [(4, "p"), (90, "x")])
+def test_for_the_backward_no_matrix_is_kept(rows: int, kept: str) -> None:
+    torch.manual_seed(0)
+    model = OneLayer(nn.Linear(12, 20), "salt", top=3, rank=2)
+    model.delta.randomize()
+    x = torch.randn(rows, 12, requires_grad=True)
+    there = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        model(x)
+    own = [t.shape for t in saved if t.untyped_storage().data_ptr() not in there]
+    assert own == ([(12, rows)] if kept == "p" else [])
+    assert (x.data_ptr() in [t.data_ptr() for t in saved]) == (kept == "x")
+
+
 @pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("relu", RELUS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

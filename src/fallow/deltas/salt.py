@@ -7,8 +7,8 @@
     a (r,), ones; b (r,), zeros; X (r', q), uniform; Y (q, r'), zero
     loss = reg (|a * s_top + b - s_top|_F + |X Y|_F)
 
-Computed as a difference, W' = W + U M Vᵀ, with M zero at first: exact at the start, and W itself may be quantised. M is
-multiplied into the vectors of the smaller side, so that a token costs two products, and k numbers are kept for it.
+Computed as a difference, W' = W + U M Vᵀ, with M zero at first: exact at the start, and W itself may be quantised. In a
+Linear, few tokens are mixed one by one, and k numbers are kept for each; for many, W' is formed (`salt_linear`).
 
 The relu acts on every entry, as the paper and the official code have it. Outside the diagonal that lets only positive
 entries through, and at the start, where they are zero, none has a gradient. Its purpose is to keep the singular values
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from fallow.core.bases import OnBases, all_triples, check_bases, probe, warn_if_close
 from fallow.core.delta import MethodOptions, Site, fits_rank, number, one_of, whole
+from fallow.deltas.salt_linear import blocks, mixed_linear
 
 
 class SALT(OnBases):
@@ -101,23 +102,20 @@ class SALT(OnBases):
         s = self.s[: self.top]
         return self.a * s + self.b - s
 
-    def core(self) -> Tensor:
-        """M (k, k): relu(S') - diag(s)."""
-        top, tail, change = self.s[: self.top], self.s[self.top :], self.X @ self.Y
-        if self.o.relu == "all":
-            tail = tail.diag()
-            change = torch.relu(tail + change) - tail
-        else:
-            sigma = tail + change.diagonal()
-            change = change + (torch.relu(sigma) - sigma).diag()
-        return torch.block_diag((torch.relu(self.a * top + self.b) - top).diag(), change)
-
     def factors(self) -> tuple[Tensor, Tensor]:
         u, vt, top = self.U, self.Vt, self.top
         if self.o.relu == "none":
             left = torch.cat([u[:, :top] * self.shift(), u[:, top:] @ self.X], 1)
             return left, torch.cat([vt[:top], self.Y @ vt[top:]])
-        return (u @ self.core(), vt) if u.shape[0] <= vt.shape[1] else (u, self.core() @ vt)
+        gates, c = blocks(self.s, self.a, self.b, self.X, self.Y, self.o.relu)
+        if u.shape[0] <= vt.shape[1]:
+            return torch.cat([u[:, :top] * gates, u[:, top:] @ c], 1), vt
+        return u, torch.cat([gates.unsqueeze(1) * vt[:top], c @ vt[top:]])
+
+    def linear(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        if self.o.relu == "none":
+            return super().linear(x, w, bias)
+        return mixed_linear(x, w, bias, self.U, self.Vt, self.o.relu, self.s, self.a, self.b, self.X, self.Y)
 
     def loss(self) -> Tensor | None:
         """|X Y|_F from the Gram matrices of X and Y; 0 and without gradient while Y is 0."""
