@@ -44,6 +44,7 @@ class PlainLowRank:
                 s["m"], s["v"] = q @ s["m"], q.square() @ s["v"]
             if "p" in s and self.moments == "reset":
                 self.k = 0
+                s.pop("norm", None)
                 s["m"], s["v"] = torch.zeros_like(s["m"]), torch.zeros_like(s["v"])
             s["p"] = new
         self.t, self.k = self.t + 1, self.k + 1

@@ -47,7 +47,7 @@ class PlainRule:
 
     def _carry(self, q: Tensor) -> None:
         if self.o["moments"] == "reset":
-            self.s = {key: value for key, value in self.s.items() if key in ("held", "norm")}
+            self.s = {key: value for key, value in self.s.items() if key == "held"}
             self.k = 0
         elif self.o["moments"] == "rotate":
             for key, power in (("m", 1), ("v", 2), ("row", 2)):

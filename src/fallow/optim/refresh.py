@@ -87,6 +87,7 @@ def refresh(sites: Sequence[Site], gradients: Sequence[Tensor], group: Mapping[s
             if group["moments"] == "reset":
                 moments.zero(site)
                 state["age"] = 0
+                group["residual"].restart(site)
             elif group["moments"] == "rotate":
                 _rotate(site, turn)
             if group["lazy"] is not None and float(basis.overlap(turn)) >= group["lazy"]:

@@ -4,7 +4,8 @@
     W (out, in), out >= in     transposed view    d = in, n = out      P (d, r) acts from the right
 
 So every part knows one case: G (d, n), P (d, r) with r < d, R = Pᵀ G (r, n), W <- W - lr P N. A square matrix goes
-right, as in GaLore's code. A convolution's weight (out, in, *kernel) is the matrix (out, in * prod(kernel)).
+right, as in GaLore's code. A convolution's weight (out, in, *kernel) is the matrix (out, in * prod(kernel)), and so
+is any other tensor of more dimensions, such as a stack of experts (experts, out * in).
 """
 
 from __future__ import annotations

@@ -52,6 +52,9 @@ class Fira(Residual):
     def begin(self, site: Site) -> None:
         site.state["norm"] = torch.zeros((), dtype=site.work, device=site.param.device)
 
+    def restart(self, site: Site) -> None:
+        site.state["norm"].zero_()
+
     def move(
         self, site: Site, basis: Basis, gradient: Tensor, projected: Tensor, direction: Tensor, correction: float
     ) -> Move:

@@ -42,6 +42,9 @@ class Residual:
     def begin(self, site: Site) -> None:
         """Make its states, of their final shapes."""
 
+    def restart(self, site: Site) -> None:
+        """Forget what belongs to moments that start anew."""
+
     def check(self, basis: Basis) -> None:
         """ConfigError where the mathematics does not hold with this basis."""
 
