@@ -182,6 +182,37 @@ def test_no_second_weight_is_made_in_training(peak_bytes):
     assert peak_bytes(lambda: model(x).sum().backward()) < 1024 * 1024
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@heads
+def test_the_operator_of_training_gives_what_the_forward_on_outputs_gives(dtype, ranks):
+    layer = nn.Linear(700, 400).to(dtype)
+    model = on(layer, ranks)
+    with torch.no_grad():
+        for param in model.delta.parameters():
+            param.add_(0.03 * torch.randn_like(param))
+    params = [*model.delta.parameters(), torch.randn(30, 700).to(dtype).requires_grad_()]
+    got, y = model(params[-1]), layer(params[-1])
+    wanted = model.delta.output(params[-1], y, layer.weight, layer.bias).to(dtype)
+    near = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.03}
+    torch.testing.assert_close(got, wanted, **near)
+    with torch.no_grad():
+        assert torch.equal(model(params[-1]), wanted)
+    upstream = torch.randn_like(got)
+    for ours, theirs in zip(
+        torch.autograd.grad(got, params, upstream), torch.autograd.grad(wanted, params, upstream), strict=True
+    ):
+        assert float((ours - theirs).norm() / theirs.norm()) < (1e-5 if dtype == torch.float32 else 0.02)
+
+
+def test_no_output_is_kept_for_the_backward():
+    model, x = on(nn.Linear(32, 640)), torch.randn(100, 32)
+    model.delta.randomize()
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (seen.append(t.numel()), t)[1], lambda t: t):
+        model(x)
+    assert max(seen) <= 32 * 640 < 100 * 640
+
+
 def test_dropout_acts_between_the_projections_in_training_only():
     model, x = on(nn.Linear(12, 20), dropout=0.5), torch.ones(3000, 12)
     model.delta.randomize()

@@ -3,7 +3,7 @@
 "Hydra: Multi-head Low-rank Adaptation for Parameter Efficient Fine-tuning" (arXiv 2309.06922). W (out, in), ranks r, q:
 
     W' = W + s (B A + C E W)      A (r, in), B (out, r);  E (q, out), C (out, q): new mixtures of what W computes
-    y' = y + s (B (A x) + C (E (y - b)))      the same without any W': the forward
+    y' = y + s (B (A x) + C (E (y - b)))      the same without any W': the forward; of a Linear in training, (E W) x
 
 In the paper E sees the bias b of the layer too, whose merged form needs another bias, b + s C E b. Hosts merge weights
 alone, for which E must see W x: the default here. `sees_bias=True` is the paper's form, `adapter_bias=True` that of its
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fallow.core.delta import Delta, MethodOptions, Mode, Site, fits_rank, number, whole
 from fallow.core.errors import ConfigError
 from fallow.core.factored import down
+from fallow.core.low_rank_linear import low_rank_linear, pieces
 from fallow.core.views import ConvView, View
 
 PLAIN = View(0, 0)  # any product with the last dimension
@@ -100,6 +101,17 @@ class Hydra(Delta):
     def output(self, x: Tensor, y: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         return y + self._change(x, y, bias)
 
+    def linear(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        """In training the sequential head is C (E W), which needs no output kept for the gradient of E."""
+        if not torch.is_grad_enabled() or (self.o.dropout and self.training):
+            y = F.linear(x, w, bias)
+            return self.output(x, y, w, bias).to(y.dtype)
+        ups, downs = zip(*map(self._pair, self._heads()), strict=True)
+        if self.o.sequential_rank:
+            downs = (*downs[:-1], _RowsThrough.apply(downs[-1], w) if w.dtype != downs[-1].dtype else downs[-1] @ w)
+        b, a = (ups[0], downs[0]) if len(ups) == 1 else (torch.cat(ups, 1), torch.cat(downs))
+        return low_rank_linear(x, w, bias, b if self.o.scale == 1.0 else self.o.scale * b, a)
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Of the paper's form; y is that of the base alone, unless other adapters of this layer come before."""
         return y + self._change(x, y, None)
@@ -167,3 +179,21 @@ class Hydra(Delta):
         (out, width), r, q = shape, options.rank, options.sequential_rank
         biases = r + q + out * ((r > 0) + (q > 0)) if options.adapter_bias else 0
         return int(r * (width + out) + 2 * q * out + biases)
+
+
+class _RowsThrough(torch.autograd.Function):
+    """E W (q, in) in the dtype of E (q, out), of a frozen W (out, in) of another, cast some rows at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, e: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(w)
+        total = torch.zeros(e.shape[0], w.shape[1], dtype=e.dtype, device=e.device)
+        for part in pieces(w, w.shape[1]):
+            total.addmm_(e[:, part], w[part].to(e.dtype))
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (w,) = ctx.saved_tensors
+        return torch.cat([grad @ w[part].to(grad.dtype).T for part in pieces(w, w.shape[1])], 1), None
