@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from fallow.core.tensor_ring import balanced, ring_apply, ring_matrix, ring_rows
+from fallow.core.tensor_ring import balanced, ring_apply, ring_cost, ring_matrix, ring_rows, taken_apart
 
 
 def ring(sizes, rank):
@@ -50,6 +50,47 @@ def test_gradients_are_right(rank):
     cores = [core.requires_grad_() for core in ring([(2, 2), (3, 2)], rank)]
     x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *cores: ring_apply(x, cores), (x, *cores))
+
+
+@pytest.mark.parametrize("sizes", [[(8, 6), (8, 8), (8, 4)], [(6, 5), (4, 3), (5, 6), (4, 5)]])
+def test_core_by_core_values_and_gradients_are_those_of_the_matrix_over_many_pieces_of_rows(sizes):
+    torch.manual_seed(0)
+    cores = [core.requires_grad_() for core in ring(sizes, 2)]
+    x = torch.randn(3, 50, torch.Size(core.shape[0] for core in cores).numel(), dtype=torch.float64, requires_grad=True)
+    assert taken_apart(sizes, 2)
+    got, want = ring_apply(x, cores), x @ ring_matrix(cores)
+    torch.testing.assert_close(got, want)
+    weights = torch.randn_like(got)
+    for mine, theirs in zip(*(torch.autograd.grad((y * weights).sum(), [x, *cores]) for y in (got, want)), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    only = [x.detach(), *cores[:-1], cores[-1].detach()]  # what is frozen gets none
+    found = torch.autograd.grad(ring_apply(only[0], only[1:]).sum(), cores[:-1])
+    torch.testing.assert_close(found, torch.autograd.grad((x @ ring_matrix(cores)).sum(), cores[:-1]))
+
+
+def test_bf16_rows_go_through_float32_cores_and_come_back_in_bf16():
+    cores = [core.float().requires_grad_() for core in ring([(8, 8)] * 3, 2)]
+    x = torch.randn(80, 512).bfloat16().requires_grad_()
+    y = ring_apply(x, cores)
+    want = x.detach().double() @ ring_matrix([core.double() for core in cores])
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), want, atol=1e-3, rtol=2**-8)
+    y.sum().backward()
+    assert (x.grad.dtype, cores[0].grad.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_rows_core_by_core_can_be_differentiated_twice():
+    cores = [core.requires_grad_() for core in ring([(2, 2), (3, 2)], 1)]
+    x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, *cores: ring_apply(x, cores), (x, *cores))
+
+
+def test_costs_are_the_multiplications_of_each_core_and_few_rows_make_none():
+    assert ring_cost([(8, 8), (8, 8), (12, 12)], 2) == 768 * (4 * 8 + 8 * 8 + 4 * 12)
+    assert taken_apart([(8, 8), (8, 8), (12, 12)], 2)
+    assert not taken_apart([(8, 8), (8, 8), (12, 12)], 3)
+    assert not taken_apart([(97, 97)], 1)
+    assert ring_apply(torch.empty(0, 6), [core.float() for core in ring([(2, 4), (3, 3)], 1)]).shape == (0, 12)
 
 
 def test_rows_are_products_of_the_cores_in_order():

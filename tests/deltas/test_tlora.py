@@ -258,6 +258,27 @@ def test_nothing_as_large_as_the_weight_is_kept_for_the_backward() -> None:
     assert max(kept) <= x.numel()
 
 
+@pytest.mark.parametrize("options", [*FORMS[:3], {**FORMS[3], "rank": 1}], ids=str)
+def test_few_tokens_go_through_the_cores_and_many_through_the_weight_to_the_same(options: dict) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(512, 64, dtype=torch.float64)
+    model = OneLayer(layer, "tlora", **options, alpha=3.0)
+    with torch.no_grad():
+        for p in model.delta.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    x = torch.randn(200, 512, dtype=torch.float64)
+    ways = [x[:6].requires_grad_(), x.requires_grad_()]
+    assert [model.delta.joins(one) for one in ways] == [True, False]
+    w = layer.weight @ ring_matrix(model.delta.cores()) + 3.0 / model.delta.o.rank**0.5 * residual(model)
+    for one in ways:
+        got, want = model(one), nn.functional.linear(one, w, layer.bias)
+        torch.testing.assert_close(got, want)
+        inputs = [one, *model.delta.parameters()]
+        weights = torch.randn_like(got)
+        mine, theirs = (torch.autograd.grad((y * weights).sum(), inputs, retain_graph=True) for y in (got, want))
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_the_compiled_layer_is_the_layer() -> None:
     model, x = adapted("linear", torch.float32, residual="tr", rank=2)
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))

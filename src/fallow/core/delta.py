@@ -208,6 +208,10 @@ class Delta(nn.Module):
             return through(self.view, x, a, b)
         return self.view.op(x, self.delta_weight())
 
+    def joins(self, x: Tensor) -> bool:
+        """Whether `linear` is cheaper for this x than the usual way."""
+        return True
+
     def linear(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         """y' of a frozen Linear, W x + bias, with the change, where one operator for both is cheaper; in the dtype of
         x, which is W's and no wider than the trained tensors'. x is whole: methods that drop of it do so here.

@@ -89,6 +89,7 @@ def _plain_linear(layer: nn.Module, delta: Delta, x: Any) -> bool:
         and not (held["_forward_hooks"] or held["_forward_pre_hooks"])
         and not (held["_backward_hooks"] or held["_backward_pre_hooks"])
         and not _watched(x)
+        and delta.joins(x)
     )
 
 

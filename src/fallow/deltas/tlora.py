@@ -18,8 +18,9 @@ R_T = 1, breaks that and is the identity too: A_d[i, j, r, s] = delta_ij u_d[r] 
 v_d = u_{d+1} + w, w a unit vector orthogonal to u_{d+1}, so that every v_d . u_{d+1} is 1.
 
 Departures. What is trained is each core's difference from its start, so that weight decay pulls T to the identity and
-not to zero. At R_T = 1, T is applied core by core and never formed; above, it is while W' is made, which costs less
-than the bonds. Neither is kept; the official code keeps T and W T. The "tr" cores start as in the official code: with
+not to zero. A Linear takes T on its input, W (T x), core by core, where that is cheaper than making W', which in other
+layers is made in both passes; T is formed only where it is cheaper than its cores. Neither T nor W' is kept, as both
+are in the official code. The "tr" cores start as in the official code: with
 the paper's standard deviations, 1 / (I_d sqrt(r)), the gradient of B_1 is 5,000 times smaller (1280 x 1280, r = 6), too
 near Adam's epsilon. Convolutions: T acts on the flattened patch. Not for embeddings, whose T would be one of the
 table's rows.
@@ -33,11 +34,14 @@ import warnings
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fallow.core.delta import Delta, MethodOptions, Site, fits_rank, number, one_of, whole
 from fallow.core.errors import ConfigError
-from fallow.core.tensor_ring import balanced, ring_apply, ring_matrix, ring_rows
+from fallow.core.factored import down
+from fallow.core.low_rank_linear import low_rank_linear
+from fallow.core.tensor_ring import balanced, ring_apply, ring_cost, ring_matrix, ring_rows, taken_apart
 
 
 class TLoRA(Delta):
@@ -82,6 +86,12 @@ class TLoRA(Delta):
         self.scaling = o.alpha / (math.sqrt(o.rank) if o.scaling == "rslora" else o.rank)
         if o.transform_rank:
             self._setup_transform(site)
+        rings = [([(n, n) for n in self.ins], o.transform_rank)] if o.transform_rank else []
+        if o.residual == "ttm":
+            rings.append(([(n, m) for m, n in _paired(self.outs, self.ins)], o.rank))
+        apart = all(taken_apart(*ring) for ring in rings)
+        # four times in a step, twice of them for the backward, at half the speed of large products
+        self.both = 8 * sum(ring_cost(*ring) for ring in rings) if apart else None
         r = o.rank
         if o.residual == "lora":
             fits_rank(site, r)
@@ -136,10 +146,37 @@ class TLoRA(Delta):
         if o.residual == "none":
             return w
         if o.residual == "ttm":
-            cores = self._named("B", max(len(self.outs), len(self.ins)))
-            return w + self.scaling * ring_matrix(cores)
+            return w + self.scaling * ring_matrix(self._named("B", max(len(self.outs), len(self.ins))))
         b, a = self.residual_factors()
         return torch.addmm(w, b.to(w.dtype), a.to(w.dtype), alpha=self.scaling)
+
+    def joins(self, x: Tensor) -> bool:
+        """Whether rings on x cost less than on W's rows, in both passes, and the whole gradient of W'."""
+        if self.both is None:
+            return False
+        (out, width), rows = self.view.shape, x.numel() // x.shape[-1]
+        return rows * (self.both - out * width) < self.both * out or not self.both
+
+    def linear(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        """W (T x) + bias + s Delta x"""
+        o, rings = self.o, self._rings()
+        if not rings:
+            b, a = self.residual_factors()
+            return low_rank_linear(x, w, bias, self.scaling * b, a)
+        y = F.linear(ring_apply(x, rings[0]) if o.transform_rank else x, w, bias)
+        if o.residual == "none":
+            return y
+        if o.residual == "ttm":
+            return y.add_(ring_apply(x, rings[-1]), alpha=self.scaling)
+        b, a = self.residual_factors()
+        return y.add_(F.linear(down(self.view, x, a), self.scaling * b))
+
+    def _rings(self) -> list[list[Tensor]]:
+        """The cores of Tᵀ and, of "ttm", of Deltaᵀ: what they make of x are T and Delta on each of its rows."""
+        rings = [self.cores()] if self.o.transform_rank else []
+        if self.o.residual == "ttm":
+            rings.append(self._named("B", max(len(self.outs), len(self.ins))))
+        return [[core.transpose(0, 1) for core in cores] for cores in rings]
 
     def residual_factors(self) -> tuple[Tensor, Tensor]:
         """Delta of "lora" or "tr" as a product, (out, k) (k, in); the trace of a product is an inner product of r^2."""
