@@ -294,6 +294,40 @@ def test_nothing_as_large_as_the_weight_is_kept_for_the_backward(kind: str, way:
 
 
 @pytest.mark.parametrize("places", [False, True])
+@pytest.mark.parametrize("size", [1e-3, 30.0])
+def test_taking_inputs_through_the_spectrum_is_the_product_with_the_formed_update(
+    size: float, places: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = OneLayer(nn.Linear(30, 20, dtype=torch.float64), "loca", components=300, alpha=1.5)
+    with torch.no_grad():  # half of the places stand at a border
+        model.delta.a.normal_(0, size)
+        model.delta.moves.uniform_(-50, 50)
+    model.delta.in_turn = places
+    x = torch.randn(4, 250, 30, dtype=torch.float64, requires_grad=True)  # pieces of 436 rows
+    weights = torch.randn(4, 250, 20, dtype=torch.float64)
+    found = []
+    for joined in (True, False):
+        monkeypatch.setattr(LoCA, "joins", lambda delta, x, joined=joined: joined)
+        y = model(x)
+        assert ("CosineLinear" in type(y.grad_fn).__name__) == joined
+        own = model.delta.moves if places else model.delta.a
+        found.append((y, *torch.autograd.grad((y * weights).sum(), [x, own])))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    at_the_clip = (found[0][2].abs() * model.delta.o.rate**-1 / model.delta.last).isclose(torch.ones(()).double())
+    assert bool(at_the_clip.any()) == (places and size > 1)
+    frozen = model(x.detach())
+    torch.testing.assert_close(torch.autograd.grad((frozen * weights).sum(), own)[0], found[0][2])
+
+
+def test_many_tokens_of_a_narrow_layer_and_none_meet_the_formed_update() -> None:
+    delta = OneLayer(nn.Linear(128, 128), "loca").delta
+    assert [delta.joins(torch.empty(rows, 128)) for rows in (0, 16, 4096)] == [False, True, False]
+    assert OneLayer(nn.Linear(768, 768), "loca").delta.joins(torch.empty(4096, 768))
+
+
+@pytest.mark.parametrize("places", [False, True])
 def test_the_compiled_layer_is_the_layer(places: bool) -> None:
     model, x = adapted("linear", torch.float32)
     model.delta.in_turn = places

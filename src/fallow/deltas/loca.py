@@ -17,8 +17,8 @@ recomputation do not. The tensor out of turn gets no gradient (None), so that no
 the border are put back, else they would be stuck. The clip acts on gradients as they come: keep a GradScaler's scale
 out, use bf16. DistributedDataParallel needs find_unused_parameters=True.
 
-D is formed, by FFT or (few components) from rows of C, in both passes; G is, like in full training, transient. A form
-that never makes D, of n channels per token, is cheaper below some hundred tokens only, where D costs little by FFT.
+A Linear takes its inputs through C and S, and D is never made, unless that costs more. There, and in other layers, D is
+formed, by FFT or (few components) from rows of C, in both passes; G is, like in full training, transient.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from fallow.core.delta import Delta, MethodOptions, Site, number, one_of, whole
 from fallow.core.dense import dense
 from fallow.core.errors import ConfigError
 from fallow.core.transforms import dct2, dct_rows, idct2
+from fallow.deltas.loca_linear import CosineLinear, neighbours
 
 FEW = 64  # components up to which rows of C cost less than the FFT
 UNTOLD = 1000  # B_s where the length of training is unknown, as in the official code
@@ -117,6 +118,20 @@ class LoCA(Delta):
     def delta_forward(self, x: Tensor) -> Tensor:
         return dense(self.view, x, self._make, *self._numbers())
 
+    def joins(self, x: Tensor) -> bool:
+        """Whether taking rows of x through the spectrum costs less than forming D twice and three products with it:
+        measured on a CPU, where a product of large matrices takes 1 for each multiplication.
+        """
+        (out, width), rows = self.view.shape, x.numel() // x.shape[-1]
+        each = 110 * (out + width) + 95 * self.o.components
+        return rows > 0 and rows * (each - out * width) < 450 * out * width
+
+    def linear(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        numbers = self._numbers()
+        places = self._places(numbers[1] if self.learned else None)
+        made: Tensor = CosineLinear.apply(x, w, bias, numbers[0], places, self.o.alpha)
+        return made
+
     @torch.no_grad()
     def on_step(self, step: int, total: int | None) -> None:
         if not self.learned:
@@ -160,8 +175,7 @@ class _Components(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, place = ctx.saved_tensors
         need_a, need_places = ctx.needs_input_grad[:2]
-        (i, j), (p, q) = place, ctx.shape
-        below, above = (place - 1).clamp_min(0), torch.stack([(i + 1).clamp_max(p - 1), (j + 1).clamp_max(q - 1)])
+        (i, j), (p, q), (below, above) = place, ctx.shape, neighbours(place, ctx.shape)
         if ctx.fast:
             k = dct2(grad)
             grad_a = k[i, j]
