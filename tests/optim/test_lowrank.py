@@ -367,3 +367,12 @@ def test_a_rate_may_be_a_tensor_that_changes(residual):
 def test_complex_parameters_are_refused():
     with pytest.raises(ConfigError, match="only real floating-point ones"):
         LowRank([nn.Parameter(torch.randn(6, 9, dtype=torch.complex64))])
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_a_sparse_gradient_is_refused_by_name(rank):
+    words = nn.Embedding(40, 12, sparse=True)
+    own = LowRank([("words", words.weight)], 1e-2, rank, exclude=())
+    words(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ConfigError, match="words has a torch.sparse_coo gradient; give sparse=False"):
+        own.step()

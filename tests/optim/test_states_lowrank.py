@@ -37,6 +37,29 @@ def test_zeros_are_zeros_and_what_has_no_sign_is_never_zero_beside_a_number():
         assert (decode(*encode(x, form, 1), 300, form)[: form.block] > 0).all()
 
 
+@pytest.mark.parametrize("form", [M8, V8, M4, V4], ids=["M8", "V8", "M4", "V4"])
+def test_every_code_stands_for_the_small_float_of_its_bits(form):
+    most = 2 ** (form.exponent + form.mantissa)
+    wanted = []
+    for code in range(2**form.bits):
+        above, part = divmod(code % most, 2**form.mantissa)
+        value = (1 + part / 2**form.mantissa) * 2.0 ** (above + 1 - 2**form.exponent)
+        wanted.append(0.0 if form.signed and code % most == 0 else -value if code >= most else value)
+    codes = torch.arange(2**form.bits).repeat(form.block)[: form.block * -(-(2**form.bits) // form.block)]
+    packed = codes.view(-1, 2, form.block // 2)
+    kept_codes = codes if form.bits == 8 else (packed[:, 0] | packed[:, 1] << 4).flatten()
+    scale = torch.full((codes.numel() // form.block,), form.top)
+    found = decode(kept_codes.to(torch.uint8), scale, len(wanted), form)
+    assert found.tolist() == wanted
+    if form.signed:
+        assert not decode(*encode(torch.tensor([-0.0, 1.0]), form, 0), 1, form).any()
+
+
+def test_every_nan_stays_one_in_bfloat16():
+    bits = torch.tensor([0x7FFFFFFF, 0x7F800001, 0x7FC00000, -1], dtype=torch.int32)
+    assert to_bfloat16(bits.view(torch.float32), 3).isnan().all()
+
+
 def test_bfloat16_is_rounded_to_one_of_its_neighbours_and_exact_on_average():
     x = drawn((30, 40), 1)[0]
     x[0, 0], x[0, 1] = float("inf"), float("nan")
@@ -87,18 +110,39 @@ def test_plain_tensors_have_small_states_too_but_not_tiny_ones():
     assert state_bytes(own, small) == 2 * 4 * 100
 
 
-@pytest.mark.parametrize("form", ["8bit", "4bit"])
-def test_coded_states_of_a_large_plain_tensor_are_decoded_a_part_at_a_time_alike(form, monkeypatch, peak_bytes):
+@pytest.mark.parametrize("form", ["bf16", "8bit", "4bit"])
+@pytest.mark.parametrize("rank", [None, 16])
+def test_small_states_of_a_large_tensor_are_decoded_a_part_at_a_time_alike(form, rank, monkeypatch, peak_bytes):
     found = []
     for part in (1 << 20, 512):
-        monkeypatch.setattr("fallow.optim.moments.PART", part)
-        param = nn.Parameter(torch.ones(70, 130))
-        own = LowRank([param], 1e-2, None, state_dtype=form, weight_decay=0.1)
-        take(own, param, drawn((70, 130), 4))
-        param.grad = drawn((70, 130), 1)[0]
-        found.append((param.detach().clone(), kept(own, param)["m_code"].clone(), peak_bytes(own.step)))
+        monkeypatch.setattr("fallow.optim.moments.PART", {"cpu": part})
+        param = nn.Parameter(torch.ones(70, 260))
+        own = LowRank([param], 1e-2, rank, state_dtype=form, basis_dtype="fp32", weight_decay=0.1)
+        take(own, param, drawn((70, 260), 4))
+        states = [value.clone() for value in kept(own, param).values()]
+        param.grad = drawn((70, 260), 1)[0]
+        found.append((param.detach().clone(), states, peak_bytes(own.step)))
     assert torch.equal(found[0][0], found[1][0])
-    assert torch.equal(found[0][1], found[1][1])
+    assert all(torch.equal(one, other) for one, other in zip(found[0][1], found[1][1], strict=True))
+    assert found[1][2] < (0.3 if rank is None else 0.7) * found[0][2]
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
+@pytest.mark.parametrize("form", ["fp32", "8bit"])
+def test_a_large_plain_weight_of_low_precision_moves_a_part_at_a_time_alike(form, rounding, monkeypatch, peak_bytes):
+    found = []
+    for part in (1 << 20, 512):
+        monkeypatch.setattr("fallow.optim.moments.PART", {"cpu": part})
+        param = nn.Parameter(torch.ones(70, 130).bfloat16())
+        own = LowRank([param], 1e-2, None, state_dtype=form, rounding=rounding, weight_decay=0.1)
+        grads = [grad.bfloat16() for grad in drawn((70, 130), 5)]
+        take(own, param, grads[:4])
+        param.grad = grads[4]
+        found.append((param.detach().float(), kept(own, param), peak_bytes(own.step)))
+    assert (found[0][0] - found[1][0]).norm() < 2**-9 * found[0][0].norm()
+    if "lost" in found[0][1]:
+        whole = [values + states["lost"].float() for values, states, _ in found]
+        torch.testing.assert_close(whole[0], whole[1], rtol=1e-4, atol=0)
     assert found[1][2] < 0.3 * found[0][2]
 
 

@@ -68,15 +68,15 @@ def encode(x: Tensor, form: Format, step: int, place: int = 0) -> tuple[Tensor, 
     scale = size.amax(dim=1)
     size = size * (form.top / torch.where(scale > 0, scale, 1.0)).unsqueeze(1)
     bits, dither = size.view(torch.int32), _dither(size, form.cut, step, form.signed, place)
-    code = ((bits + dither) >> form.cut).sub_(form.lowest)
+    code = bits.add(dither).bitwise_right_shift_(form.cut).sub_(form.lowest)
     most = (1 << (form.exponent + form.mantissa)) - 1
-    if form.linear:
+    if form.linear:  # below the least one this is the larger of the two, and above never
         least = math.ldexp(1.0, 2 - (1 << form.exponent))
-        part = (size.clamp(max=least).mul_(2.0**form.cut / least)).int().add_(dither) >> form.cut
-        code = torch.where(size < least, part, code)
+        part = (size.clamp(max=least).mul_(2.0**form.cut / least)).int().add_(dither).bitwise_right_shift_(form.cut)
+        code = torch.maximum(part, code)
     code = code.clamp_(0 if form.signed else 1, most)
-    if form.signed:
-        code = torch.where(blocks < 0, code + (most + 1), code)
+    if form.signed:  # the sign bit, moved to the top of the code
+        code |= blocks.view(torch.int32).bitwise_right_shift(32 - form.bits).bitwise_and_(most + 1)
     found = code.to(torch.uint8).view(-1)
     return (found if form.bits == 8 else _packed(found, form.block)), scale
 
@@ -84,12 +84,14 @@ def encode(x: Tensor, form: Format, step: int, place: int = 0) -> tuple[Tensor, 
 def decode(codes: Tensor, scale: Tensor, size: int, form: Format) -> Tensor:
     """(size,) float32, what the codes stand for."""
     code = (codes if form.bits == 8 else _unpacked(codes, form.block)).to(torch.int32).view(-1, form.block)
-    most = (1 << (form.exponent + form.mantissa)) - 1
-    magnitude = code & most if form.signed else code
-    value = ((magnitude + form.lowest) << form.cut).view(torch.float32)
-    if form.signed:
-        value = torch.where(magnitude == 0, 0.0, torch.where(code > most, -value, value))
-    return (value * (scale / form.top).unsqueeze(1)).view(-1)[:size]
+    if form.signed:  # the code to the top, down again with its sign, and what the sign has filled taken away
+        code = code.bitwise_left_shift_(32 - form.bits).bitwise_right_shift_(8 - form.exponent)
+        code = code.bitwise_and_(_int32(1 << 31 | (1 << (form.exponent + 23)) - (1 << form.cut)))
+        value = code.add_(form.lowest << form.cut).view(torch.float32)
+        value = nn.functional.hardshrink(value, math.ldexp(1.0, 1 - (1 << form.exponent)))  # a magnitude of 0 is zero
+    else:
+        value = code.add_(form.lowest).bitwise_left_shift_(form.cut).view(torch.float32)
+    return value.mul_((scale / form.top).unsqueeze(1)).view(-1)[:size]
 
 
 def to_bfloat16(x: Tensor, step: int, place: int = 0) -> Tensor:
@@ -97,16 +99,17 @@ def to_bfloat16(x: Tensor, step: int, place: int = 0) -> Tensor:
 
     `place`: of the first entry among all that are rounded together, so that parts of a tensor differ.
     """
-    bits = x.contiguous().view(torch.int32)
-    moved = (bits + _dither(x, 16, step, True, place)) & ~0xFFFF
-    return torch.where(x.isfinite(), moved.view(torch.float32), x).to(torch.bfloat16)
+    bits = _dither(x, 16, step, True, place).add_(x.contiguous().view(torch.int32)).bitwise_and_(~0xFFFF)
+    moved = bits.view(torch.float32)
+    return torch.maximum(moved, torch.minimum(moved, x)).to(torch.bfloat16)  # `moved`, and NaN where x is
 
 
 def _dither(like: Tensor, bits: int, step: int, signed: bool, place: int = 0) -> Tensor:
     """Whole numbers of so many bits, spread evenly over places and steps."""
     first = place * PLACE + step * STEP + signed * SIGNED
     places = torch.arange(like.numel(), dtype=torch.int32, device=like.device).view(like.shape)
-    return ((places.mul_(_int32(PLACE))).add_(_int32(first)) >> (32 - bits)).bitwise_and_((1 << bits) - 1)
+    mixed = places.mul_(_int32(PLACE)).add_(_int32(first)).bitwise_right_shift_(32 - bits)
+    return mixed.bitwise_and_((1 << bits) - 1)
 
 
 def _int32(number: int) -> int:

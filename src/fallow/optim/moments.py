@@ -25,7 +25,8 @@ from fallow.optim.site import Site
 FORMS = ("fp32", "bf16", "8bit", "4bit")
 BASIS_FORMS = ("fp32", "bf16", "int8", "nf4")
 SMALL = 1024
-PART = 1 << 20  # entries of coded states that are decoded at once, where entries can be treated apart
+PART = {"cpu": 1 << 18}  # entries of small states that are decoded at once, where entries can be treated apart
+PART_ON_ACCELERATOR = 1 << 24
 FORMATS = {("8bit", 1): M8, ("8bit", 2): V8, ("4bit", 1): M4, ("4bit", 2): V4}
 
 
@@ -84,20 +85,37 @@ def _keys(site: Site) -> list[str]:
     return [key for key in every if key in site.state]
 
 
-def coded(site: Site, key: str) -> bool:
-    """Whether the state is kept as codes."""
-    return f"{key}_code" in site.state
+def part_size(device: torch.device) -> int:
+    """How many entries are decoded at once, a multiple of every block."""
+    return PART.get(device.type, PART_ON_ACCELERATOR)
+
+
+def in_parts(*tensors: Tensor) -> bool:
+    """Whether tensors of one size are treated a part at a time: large ones that lie flat."""
+    return all(one.is_contiguous() and one.numel() > part_size(one.device) for one in tensors)
+
+
+def small(site: Site, key: str) -> bool:
+    """Whether the state is kept in a form of 2 bytes or fewer."""
+    held = site.state.get(key)
+    return held is None or held.dtype == torch.bfloat16
 
 
 def read_part(site: Site, key: str, start: int, count: int) -> Tensor:
-    """(count,) of a coded state, seen flat, from `start` on, which is a multiple of PART."""
+    """(count,) of a state, seen flat, from `start` on, a multiple of `part_size`; as `read`, the kept one if it can."""
+    if (held := site.state.get(key)) is not None:
+        return held.view(-1)[start : start + count].to(site.work)
     kind = FORMATS[form_of(site), site.inner.powers[key]]
     codes, scales = _part_of(site, key, kind, start, count)
     return decode(codes, scales, count, kind)
 
 
 def write_part(site: Site, key: str, start: int, value: Tensor) -> None:
-    """Keep what `read_part` gave and the step has changed."""
+    """Keep what `read_part` gave and the step has changed, to the bit what `write` keeps."""
+    if (held := site.state.get(key)) is not None:
+        if held.dtype == torch.bfloat16:
+            held.view(-1)[start : start + value.numel()].copy_(to_bfloat16(value, site.state["age"], start))
+        return
     kind = FORMATS[form_of(site), site.inner.powers[key]]
     codes, scales = _part_of(site, key, kind, start, value.numel())
     new, scale = encode(value, kind, site.state["age"], start)

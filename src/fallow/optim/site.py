@@ -97,9 +97,14 @@ class Site:
 
     @property
     def grad(self) -> Tensor:
-        """What this rank holds of its gradient."""
-        assert self.param.grad is not None
-        return local(self.param.grad).detach()
+        """What this rank holds of its gradient. ConfigError for a sparse one."""
+        grad = self.param.grad
+        assert grad is not None
+        if grad.layout != torch.strided:
+            raise ConfigError(
+                f"{self.name} has a {grad.layout} gradient; give sparse=False, or another optimizer for it"
+            )
+        return local(grad).detach()
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum over the ranks that hold slices, in place; the tensor itself where one holds all."""
@@ -162,9 +167,4 @@ class Site:
 
     def gradient(self) -> Tensor:
         """(d, n) its gradient in the dtype that is computed in; a view where it has that dtype."""
-        grad = self.grad
-        if grad.layout != torch.strided:
-            raise ConfigError(
-                f"{self.name} has a {grad.layout} gradient; give sparse=False, or another optimizer for it"
-            )
-        return self.matrix(grad).to(self.work)
+        return self.matrix(self.grad).to(self.work)

@@ -106,11 +106,10 @@ def move_plain(sites: Sequence[Site], group: Mapping[str, Any]) -> None:
     factor = group["plain_scale"] if sites[0].rank is None else group["scale"]
     lr, inner = group["lr"] * factor, sites[0].inner
     options = {**group, "lr": lr, "weight_decay": group["weight_decay"] / factor if factor else 0.0}
-    gradients = [site.grad.to(site.work) for site in sites]
     for site in sites:
         site.state["age"] += 1
-    if factor and inner.step(sites, gradients, options):
-        return
-    directions = inner.directions(sites, gradients, options)
-    for site, direction in zip(sites, directions, strict=True):
+    left = inner.step(sites, options) if factor else sites
+    gradients = [site.grad.to(site.work) for site in left]
+    directions = inner.directions(left, gradients, options) if left else []
+    for site, direction in zip(left, directions, strict=True):
         move_weight(site, Move(dense=direction), lr, group["lr"] * group["weight_decay"])

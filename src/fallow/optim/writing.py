@@ -67,10 +67,15 @@ def move_weight(site: Site, move: Move, lr: Any, decay: Any) -> None:
         _move(site, exact, part, decay)
         own = weight[..., columns] if columns is not None else weight
         place = columns.start * (weight.shape[0] if weight.ndim > 1 else 1) if columns is not None else 0
-        stochastic = site.group["rounding"] == "stochastic" and weight.dtype == torch.bfloat16
-        own.copy_(to_bfloat16(exact, site.state["age"] + site.index, place) if stochastic else exact)
-        if held is not None:
-            held.copy_(exact - own)
+        rounded_into(site, own, exact, held, place)
+
+
+def rounded_into(site: Site, weight: Tensor, exact: Tensor, lost: Tensor | None, place: int) -> None:
+    """Write a weight of low precision, or the part of one from `place` on, as its group says; `lost` keeps the rest."""
+    stochastic = site.group["rounding"] == "stochastic" and weight.dtype == torch.bfloat16
+    weight.copy_(to_bfloat16(exact, site.state["age"] + site.index, place) if stochastic else exact)
+    if lost is not None:
+        lost.copy_(exact - weight)
 
 
 def _move(site: Site, weight: Tensor, move: Move, decay: Any) -> None:

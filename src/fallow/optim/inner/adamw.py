@@ -19,6 +19,7 @@ from torch.optim.adamw import adamw
 from fallow.optim import moments
 from fallow.optim.inner.rule import Inner
 from fallow.optim.site import Site
+from fallow.optim.writing import rounded_into
 
 FUSED = ("cpu", "cuda", "xpu", "mps")
 
@@ -38,39 +39,50 @@ class AdamW(Inner):
         self._moved(sites, found, inputs, group, -1.0, 0.0)
         return found
 
-    def step(self, sites: Sequence[Site], gradients: Sequence[Tensor], group: Mapping[str, Any]) -> bool:
-        params = [site.data for site in sites]
-        if any(param.dtype != site.work for site, param in zip(sites, params, strict=True)):
-            return False
-        large = [at for at, site in enumerate(sites) if moments.coded(site, "m") and params[at].numel() > moments.PART]
-        large = [at for at in large if params[at].is_contiguous() and gradients[at].is_contiguous()]
-        for at in large:
-            self._in_parts(sites[at], params[at].view(-1), gradients[at].view(-1), group)
-        rest = [at for at in range(len(sites)) if at not in large]
-        own = [sites[at] for at in rest]
-        self._moved(
-            own, [params[at] for at in rest], [gradients[at] for at in rest], group, group["lr"], group["weight_decay"]
-        )
-        return True
-
-    def _in_parts(self, site: Site, param: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
-        """The step of a large flat tensor whose moments are codes: decoded a part at a time, not all at once."""
-        for start in range(0, param.numel(), moments.PART):
-            p, g = param[start : start + moments.PART], gradient[start : start + moments.PART]
-            m, v = (moments.read_part(site, key, start, p.numel()) for key in ("m", "v"))
-            self._kernel(site.state["age"], [p], [g], [m], [v], group, group["lr"], group["weight_decay"])
-            moments.write_part(site, "m", start, m)
-            moments.write_part(site, "v", start, v)
+    def step(self, sites: Sequence[Site], group: Mapping[str, Any]) -> Sequence[Site]:
+        exact = [site for site in sites if site.data.dtype == site.work]
+        others = [site for site in sites if site.data.dtype != site.work]
+        large = [site for site in others if moments.in_parts(site.data, site.grad)]
+        lr, decay = group["lr"], group["weight_decay"]
+        gradients = [site.grad.to(site.work) for site in exact]
+        self._moved(exact, [site.data for site in exact], gradients, group, lr, decay)
+        for site in large:
+            self._in_parts(site, site.data.view(-1), site.grad.view(-1), group, lr, decay)
+        return [site for site in others if site not in large]
 
     def _moved(
         self, sites: Sequence[Site], params: Sequence[Tensor], gradients: Sequence[Tensor], group: Mapping[str, Any],
         lr: Any, decay: float,
     ) -> None:  # fmt: skip
-        ages = sorted(range(len(sites)), key=lambda at: sites[at].state["age"])
+        large = {i for i, site in enumerate(sites) if self._apart(site, params[i], gradients[i])}
+        for i in large:
+            self._in_parts(sites[i], params[i].view(-1), gradients[i].view(-1), group, lr, decay)
+        ages = sorted(set(range(len(sites))) - large, key=lambda at: sites[at].state["age"])
         for age, chosen in groupby(ages, key=lambda at: sites[at].state["age"]):
             at = list(chosen)
             own = [sites[i] for i in at]
             self._of_age(age, own, [params[i] for i in at], [gradients[i] for i in at], group, lr, decay)
+
+    @staticmethod
+    def _apart(site: Site, param: Tensor, gradient: Tensor) -> bool:
+        return moments.small(site, "m") and moments.in_parts(param, gradient)
+
+    def _in_parts(
+        self, site: Site, param: Tensor, gradient: Tensor, group: Mapping[str, Any], lr: Any, decay: float
+    ) -> None:
+        """The update of a large flat tensor, a part at a time: what is kept small is never decoded as a whole."""
+        size = moments.part_size(param.device)
+        lost = site.state["lost"].view(-1) if param.dtype != site.work and "lost" in site.state else None
+        for start in range(0, param.numel(), size):
+            part = slice(start, start + size)
+            weight, held = param[part], None if lost is None else lost[part]
+            exact = weight.to(site.work) if held is None else weight.to(site.work) + held
+            m, v = (moments.read_part(site, key, start, weight.numel()) for key in ("m", "v"))
+            self._kernel(site.state["age"], [exact], [gradient[part].to(site.work)], [m], [v], group, lr, decay)
+            moments.write_part(site, "m", start, m)
+            moments.write_part(site, "v", start, v)
+            if exact.dtype != weight.dtype:
+                rounded_into(site, weight, exact, held, start)
 
     def _of_age(
         self, age: int, sites: list[Site], params: list[Tensor], gradients: list[Tensor], group: Mapping[str, Any],

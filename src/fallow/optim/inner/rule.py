@@ -49,9 +49,9 @@ class Inner:
         """What the directions were multiplied by, to make up for states that began at zero."""
         return 1.0
 
-    def step(self, sites: Sequence[Site], gradients: Sequence[Tensor], group: Mapping[str, Any]) -> bool:
-        """Update plain tensors at once, where the rule has a quicker way than `directions`; whether it has done so."""
-        return False
+    def step(self, sites: Sequence[Site], group: Mapping[str, Any]) -> Sequence[Site]:
+        """Update plain tensors at once, where the rule has a quicker way than `directions`; those that are left."""
+        return sites
 
     def check(self, matrix: bool) -> None:
         """ConfigError where a basis gives no matrices and the rule is one of matrices."""
