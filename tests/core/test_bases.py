@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fallow.core.bases import all_triples, ldu, leading, smallest
+from fallow.core.bases import all_triples, ldu, leading, lower_gram, smallest
 
 SHAPES = [(20, 32), (32, 20), (24, 24)]
 
@@ -58,7 +58,16 @@ def test_close_singular_values_are_told_apart_as_float64_does_though_the_matrix_
     assert float(((u.double().T @ exact).abs().max(0).values - 1).abs().max()) < 1e-6
 
 
-@pytest.mark.parametrize("shape", [(20, 32), (32, 20), (90, 70), (70, 90)])
+@pytest.mark.parametrize("shape", [(300, 300), (257, 310), (401, 600), (24, 40)])
+def test_the_gram_matrix_has_the_lower_triangle_that_eigenvectors_are_made_of(shape):
+    w = torch.randn(shape, dtype=torch.float64)
+    made, whole = lower_gram(w), w @ w.T
+    torch.testing.assert_close(made.tril(), whole.tril(), rtol=1e-12, atol=1e-11)
+    values, vectors = torch.linalg.eigh(made)
+    torch.testing.assert_close((vectors * values) @ vectors.T, whole, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(20, 32), (32, 20), (90, 70), (70, 90), (300, 280)])
 def test_the_smallest_part_is_what_the_exact_truncation_drops(shape):
     w, rank = torch.randn(shape), 4
     p, q = smallest(w, rank)
