@@ -65,7 +65,7 @@ def test_values_and_gradients_equal_the_sum_of_modules_and_the_start_is_the_base
 @sides
 @each
 def test_penalties_and_their_gradients_equal_the_dense_forms(kind, side, norm, monkeypatch):
-    monkeypatch.setattr(pego, "CPU_CHUNK", 100)  # several chunks, the last one shorter
+    monkeypatch.setattr(pego, "CPU_TILE", (7, 9))  # several tiles, the last ones shorter
     layer = LAYERS[kind]().double()
     model = on(layer, side=side, norm=norm)
     delta = model.delta
@@ -77,6 +77,21 @@ def test_penalties_and_their_gradients_equal_the_dense_forms(kind, side, norm, m
         for one, other in zip(*grads, strict=True):
             assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
     assert torch.allclose(delta.loss(), 1e-3 * sum(wanted), rtol=1e-10)
+    grads = [torch.autograd.grad(2 * term, [delta.A, delta.B]) for term in (delta.loss(), 1e-3 * sum(wanted))]
+    for one, other in zip(*grads, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-14)
+    delta.A.requires_grad_(False)
+    assert torch.equal(torch.autograd.grad(2 * delta.loss(), delta.B)[0], grads[0][1])
+    with torch.no_grad():
+        assert torch.allclose(delta.loss(), 1e-3 * sum(wanted), rtol=1e-10)
+
+
+def test_between_forward_and_backward_the_penalty_keeps_its_gradients_alone():
+    model = on(nn.Linear(96, 64), rank=2, group=4)
+    model.delta.randomize()
+    node = model.delta.loss().grad_fn.next_functions[0][0]
+    assert [tuple(t.shape) for t in node.saved_tensors] == [(8, 96), (64, 8)]
+    assert [type(before).__name__ for before, _ in node.next_functions if before] == ["AccumulateGrad"] * 2
 
 
 @norms
@@ -193,7 +208,7 @@ def test_half_precision_bases_have_a_finite_penalty_equal_to_that_of_float32(dty
 
 
 def test_the_penalty_makes_no_matrix_as_large_as_the_weight(peak_bytes, monkeypatch):
-    monkeypatch.setattr(pego, "CPU_CHUNK", 1 << 14)
+    monkeypatch.setattr(pego, "CPU_TILE", (128, 128))
     model = on(nn.Linear(512, 512, bias=False), rank=4, group=4)
     model.delta.randomize()
     whole = 512 * 512 * 4

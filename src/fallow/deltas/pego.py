@@ -7,13 +7,15 @@
     loss = l (sum_i |W (B_i A_i)ᵀ|_1 + sum_(i<j) |B_i A_i (B_j A_j)ᵀ|_1)     l: orthogonality; (out, out)
 
 The norms are sums of absolute entries. `side="output"`: of Wᵀ B_i A_i, (in, in). `norm="fro2"`: of squares. No such one
-is made whole: of one L Rᵀ some rows at a time are made, summed and turned into gradients; squares need r x r ones only.
+is made whole: of one L Rᵀ a tile at a time is made, summed and turned into gradients, which alone are kept for the
+backward; squares need r x r ones only.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
@@ -24,7 +26,7 @@ from fallow.core.errors import ConfigError
 from fallow.core.factored import down
 from fallow.core.views import View
 
-CPU_CHUNK, CHUNK = 1 << 18, 1 << 24  # entries of L Rᵀ that exist at one time: of a core's cache, or on a GPU
+CPU_TILE, TILE = (1024, 256), (4096, 4096)  # rows and columns of L Rᵀ that exist at one time: in cache, or on a GPU
 
 
 class PEGO(Delta):
@@ -70,21 +72,25 @@ class PEGO(Delta):
     def loss(self) -> Tensor | None:
         if not self.o.orthogonality:
             return None
-        preserve, diversify = self.penalties()
-        return self.o.orthogonality * (preserve + diversify)
+        if self.o.norm == "l1" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self.o.orthogonality * cast(Tensor, _Gradients.apply(self._sums, self.A, self.B))
+        return self.o.orthogonality * sum(self.penalties())
 
     def penalties(self) -> tuple[Tensor, Tensor]:
         """The sums for W and for pairs of modules, before they are weighed: differentiable scalars of A's dtype."""
-        with torch.autocast(self.A.device.type, enabled=False):
+        return self._sums(self.A, self.B)
+
+    def _sums(self, all_a: Tensor, all_b: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(all_a.device.type, enabled=False):
             n, r = self.o.group, self.o.rank
             w = self.__dict__["_site"][0].stored()
-            a, b = self.A.unflatten(0, (n, r)), self.B.unflatten(1, (n, r)).transpose(0, 1)  # (n, r, in), (n, out, r)
+            a, b = all_a.unflatten(0, (n, r)), all_b.unflatten(1, (n, r)).transpose(0, 1)  # (n, r, in), (n, out, r)
             if self.o.side == "input":
                 # W (B A)ᵀ = (W Aᵀ) Bᵀ, the products of all modules in one; a half-precision W is never kept in float32
-                against = down(View(*w.shape), w, self.A).unflatten(1, (n, r)).transpose(0, 1)
+                against = down(View(*w.shape), w, all_a).unflatten(1, (n, r)).transpose(0, 1)
                 ends, inner = b, a
             else:
-                against = down(View(*w.T.shape), w.T, self.B.T).unflatten(1, (n, r)).transpose(0, 1)
+                against = down(View(*w.T.shape), w.T, all_b.T).unflatten(1, (n, r)).transpose(0, 1)
                 ends, inner = a.mT, b.mT
             preserve = self._size(against, ends)
             first, second = torch.triu_indices(n, n, 1, device=w.device)
@@ -103,8 +109,28 @@ class PEGO(Delta):
         return int(options.group * options.rank * sum(shape))
 
 
+class _Gradients(torch.autograd.Function):
+    """The sum of both terms, with its gradients for A and B made at once: nothing of the terms is kept but these."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], *factors: Tensor) -> Tensor:
+        own = [t.detach().requires_grad_(need) for t, need in zip(factors, ctx.needs_input_grad[1:], strict=True)]
+        with torch.enable_grad():
+            preserve, diversify = sums(*own)
+            total = preserve + diversify
+        wanted = [t for t in own if t.requires_grad]
+        found = iter(torch.autograd.grad(total, wanted) if wanted else ())
+        ctx.save_for_backward(*(next(found) if t.requires_grad else None for t in own))
+        return total.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(None if one is None else grad * one for one in ctx.saved_tensors)
+
+
 class _AbsoluteSum(torch.autograd.Function):
-    """The sum of |L Rᵀ|; its gradients, S R and Sᵀ L of the signs S, are made along with it, chunk by chunk of rows.
+    """The sum of |L Rᵀ|; its gradients, S R and Sᵀ L of the signs S, are made along with it, tile by tile.
 
     |P| is S * P, so the sum is that of L * (S R). Thin matrices lie as (r, n), the layout in which their products with
     S run fastest on a CPU.
@@ -113,15 +139,17 @@ class _AbsoluteSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
         left, right = left.mT.contiguous(), right.mT.contiguous()
-        grad_left, grad_right = torch.empty_like(left), torch.zeros_like(right)
-        rows = max(1, (CPU_CHUNK if left.device.type == "cpu" else CHUNK) // max(1, right.shape[2]))
-        for i in range(len(left)):
-            for start in range(0, left.shape[2], rows):
-                part = left[i, :, start : start + rows]
-                signs = (part.T @ right[i]).sign_()
-                grad_left[i, :, start : start + rows] = right[i] @ signs.T
-                if ctx.needs_input_grad[1]:
-                    grad_right[i].addmm_(part, signs)
+        grad_left, grad_right = torch.zeros_like(left), torch.zeros_like(right)
+        rows, columns = CPU_TILE if left.device.type == "cpu" else TILE
+        space = left.new_empty(min(rows, left.shape[2]) * min(columns, right.shape[2]))
+        for left_, right_, of_left, of_right in zip(left, right, grad_left, grad_right, strict=True):
+            for part, of_part in zip(left_.split(rows, 1), of_left.split(rows, 1), strict=True):
+                for other, of_other in zip(right_.split(columns, 1), of_right.split(columns, 1), strict=True):
+                    shape = part.shape[1], other.shape[1]
+                    signs = torch.mm(part.T, other, out=space[: shape[0] * shape[1]].view(shape)).sign_()
+                    of_part.addmm_(other, signs.T)
+                    if ctx.needs_input_grad[1]:
+                        of_other.addmm_(part, signs)
         ctx.save_for_backward(grad_left, grad_right)
         return (grad_left * left).sum()
 
