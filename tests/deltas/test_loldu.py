@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fallow.core.bases import ldu
 from fallow.core.errors import AdapterError, ConfigError
 from fallow.core.views import view_of
-from fallow.deltas.loldu import INITS, LoLDU
+from fallow.deltas.loldu import INITS, LoLDU, _Upper
 
 ALL = sorted(LAYERS)
 K = {"linear": 12, "wide": 12, "conv": 8, "conv1d": 8, "grouped": 12, "embedding": 12}
@@ -197,3 +197,26 @@ def test_saved_basis_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_impossible_options_are_refused_by_name(options: dict, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         adapted("linear", **options)
+
+
+@pytest.mark.parametrize("shape", [(30, 30), (34, 23), (23, 34)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_products_that_leave_out_the_zeros_of_the_triangle_give_what_the_whole_ones_give(
+    shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(*shape).to(dtype)
+    model = OneLayer(layer, "loldu", init="normal", normalize=True)
+    model.delta.randomize()
+    seen, split = [], _Upper.down
+    monkeypatch.setattr(_Upper, "down", lambda self, *rest: (seen.append(len(self.blocks)), split(self, *rest))[1])
+    found = []
+    for worth in (1000, 1):
+        monkeypatch.setattr("fallow.deltas.loldu.WORTH_SPLITTING", worth)
+        x = torch.linspace(-1, 1, 7 * shape[0]).sin().view(7, -1).to(dtype).requires_grad_()
+        y = model(x)
+        found.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), [x, *model.delta.parameters()])])
+        assert seen == ([] if worth == 1000 else [4])
+    near = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    for whole, parts in zip(*found, strict=True):
+        assert float((whole - parts).norm() / whole.norm()) < near

@@ -21,12 +21,14 @@ import dataclasses
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fallow.core.bases import OnBases, check_bases, ldu
 from fallow.core.delta import MethodOptions, Site, fits_rank, number, one_of, whole
-from fallow.core.low_rank_linear import low_rank_linear
+from fallow.core.low_rank_linear import add_product, low_rank_linear
 
+WORTH_SPLITTING = 512  # pivots above which products with parts of a triangle cost less than the whole does
 INITS = ("uniform", "lu", "normal", "constant", "ones", "zeros", "s_uniform", "s_normal")
 
 
@@ -113,9 +115,34 @@ class LoLDU(OnBases):
         return self.view.up(self.view.scale(self.view.down(x, self.U), self.gates()), self.PL)
 
     def linear(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        return low_rank_linear(x, w, bias, self.PL, self.U, self.gates())
+        upper = _Upper(self.U) if x.device.type == "cpu" and len(self.U) >= WORTH_SPLITTING else self.U
+        return low_rank_linear(x, w, bias, self.PL, upper, self.gates())
 
     @classmethod
     def parameter_count(cls, shape: tuple[int, int], options: Any) -> int:
         rank = min(shape) if options.rank == "full" else int(options.rank)
         return rank + int(options.train_scale)
+
+
+class _Upper:
+    """Products with the upper triangle U (r, in), which leave out most of what is zero."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix, step = matrix, -(-len(matrix) // 4)
+        self.blocks = [(slice(start, start + step), slice(start, None)) for start in range(0, len(matrix), step)]
+
+    def down(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        made, rows = torch.empty(len(self.matrix), len(rows), dtype=dtype, device=rows.device), rows.to(dtype)
+        for part, reach in self.blocks:
+            torch.mm(self.matrix[part, reach], rows[:, reach].T, out=made[part])
+        return made
+
+    def back(self, rows: Tensor, h: Tensor) -> None:
+        if rows.dtype != self.matrix.dtype:  # sums of blocks would be rounded to it block by block
+            return add_product(rows, h.T, self.matrix)
+        for part, reach in self.blocks:
+            rows[:, reach].addmm_(h[part].T, self.matrix[part, reach])
+        return None
+
+    def plain(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.linear(x.to(dtype), self.matrix)
