@@ -123,6 +123,7 @@ def on_a_rank() -> dict[str, Any]:
         found["refused"] = str(error)
     for what, options in (
         ("basis", {"basis": "two-sided"}), ("inner", {"inner": "polar"}), ("side", {"side": "left"}),
+        ("sums", {"inner": "adafactor"}), ("plain", {"plain_inner": "adafactor"}),
     ):  # fmt: skip
         try:
             made(sharded(), **options).sites()
@@ -181,4 +182,6 @@ def test_what_needs_whole_gradients_is_refused_on_slices(ranks):
     for found in ranks:
         assert "basis='two-sided' needs whole gradients" in found["refused basis"]
         assert "inner='polar' needs whole gradients" in found["refused inner"]
+        assert "inner='adafactor' needs whole gradients" in found["refused sums"]
+        assert "inner='adafactor' needs whole gradients" in found["refused plain"]
         assert "side='left' projects the side of" in found["refused side"]

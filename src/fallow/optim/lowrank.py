@@ -25,17 +25,15 @@ from torch import Tensor, nn
 
 from fallow.core.errors import ConfigError
 from fallow.core.select import Patterns
-from fallow.optim import updating
+from fallow.optim import resuming, updating
 from fallow.optim.bases.basis import Basis
 from fallow.optim.groups import grouped
 from fallow.optim.in_backward import InBackward
 from fallow.optim.inner.rule import Inner
-from fallow.optim.moments import fitting
-from fallow.optim.options import PARTS, check_mode, check_options, with_parts
-from fallow.optim.parts import described
+from fallow.optim.options import check_mode, check_options, with_parts
 from fallow.optim.residuals.residual import Residual
-from fallow.optim.sharing import check_sharded, restore, saved_state
-from fallow.optim.site import Site
+from fallow.optim.sharing import check_sharded
+from fallow.optim.site import Site, sites_of
 from fallow.optim.writing import check_rounding
 
 
@@ -130,18 +128,7 @@ class LowRank(torch.optim.Optimizer):
     def site_of(self, param: Tensor) -> Site:
         """How a tensor of the optimizer is seen."""
         if not self._found:
-            at = 0
-            for one in self.param_groups:
-                names = one.get("param_names") or [f"parameter {at + i}" for i in range(len(one["params"]))]
-                made = [
-                    Site(held, one, self.state, at + i, name)
-                    for i, (name, held) in enumerate(zip(names, one["params"], strict=True))
-                ]
-                projected = [site for site in made if site.rank is not None]
-                for place, site in enumerate(projected):
-                    site.place, site.peers = place, len(projected)
-                self._found.update((site.param, site) for site in made)
-                at += len(made)
+            self._found = {site.param: site for site in sites_of(self.param_groups, self.state)}
         return self._found[param]
 
     # -- training -----------------------------------------------------------------------------------------------------
@@ -163,7 +150,10 @@ class LowRank(torch.optim.Optimizer):
 
     def update(self, sites: Sequence[Site]) -> None:
         """Move the weights of these sites, which have gradients. TrainingError where a basis cannot be chosen."""
-        choosing = self._choosing(sites)
+        for site in sites:
+            if not site.state:
+                self._begin(site)
+        choosing = updating.choosing(sites)
         for group in self.param_groups:
             own = [site for site in sites if site.group is group]
             for part in updating.together([site for site in own if site.rank is not None]):
@@ -185,13 +175,6 @@ class LowRank(torch.optim.Optimizer):
         if self.in_backward is not None:
             self.in_backward.close()
 
-    def _choosing(self, sites: Sequence[Site]) -> set[int]:
-        """The indices of the sites whose basis is chosen in this step."""
-        for site in sites:
-            if not site.state:
-                self._begin(site)
-        return updating.choosing(sites)
-
     def _begin(self, site: Site) -> None:
         updating.begin(site)
 
@@ -208,13 +191,7 @@ class LowRank(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers, which `torch.load(weights_only=True)` reads; of sharded weights DTensors too."""
-        found = super().state_dict()
-        for group in found["param_groups"]:
-            group.update({key: described(group[key]) for key in PARTS if group[key] is not None})
-        for number, site in enumerate(self.sites()):
-            if site.part is not None and number in found["state"]:
-                found["state"][number] = saved_state(site)
-        return found
+        return resuming.saved(super().state_dict(), self.sites())
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -222,25 +199,15 @@ class LowRank(torch.optim.Optimizer):
 
         ConfigError where the state is another optimizer's or model's; then nothing is changed.
         """
-        if not all("basis" in group for group in state_dict["param_groups"]):
-            raise ConfigError("this state is not a low-rank optimizer's; its groups have no basis")
+        resuming.check(state_dict)
         before = {"state": self.state, "param_groups": [dict(group) for group in self.param_groups]}
         super().load_state_dict({**state_dict, "state": {}})
-        for group in self.param_groups:
-            with_parts(group)
-        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
-        own = [param for group in self.param_groups for param in group["params"]]
-        for number_, param in zip(saved, own, strict=True):
-            held = state_dict["state"].get(number_)
-            if held is not None:
-                self.state[param] = {key: _own(value, param) for key, value in held.items()}
-        self._found = {}
         try:
-            for site in self.sites():
-                if site.state:
-                    fitting(site)
-                    if site.part is not None:
-                        restore(site, dict(site.state))
+            for group in self.param_groups:
+                with_parts(group)
+            self.state.update(resuming.states(state_dict, self.param_groups))
+            self._found = {}
+            resuming.fit(self.sites())
         except ConfigError:
             self.__setstate__(before)
             raise
@@ -249,7 +216,3 @@ class LowRank(torch.optim.Optimizer):
         super().__setstate__(state)
         self._found = {}
         self.__dict__.setdefault("in_backward", None)  # a copy has no hooks
-
-
-def _own(value: Any, param: Tensor) -> Any:
-    return value.to(param.device, copy=True) if isinstance(value, Tensor) else value

@@ -11,6 +11,7 @@ is any other tensor of more dimensions, such as a stack of experts (experts, out
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -168,3 +169,20 @@ class Site:
     def gradient(self) -> Tensor:
         """(d, n) its gradient in the dtype that is computed in; a view where it has that dtype."""
         return self.matrix(self.grad).to(self.work)
+
+
+def sites_of(groups: Sequence[dict[str, Any]], states: dict[Tensor, dict[str, Any]]) -> list[Site]:
+    """All tensors of an optimizer's groups in order, each with its place among the projected ones of its group."""
+    found = list[Site]()
+    for group in groups:
+        first = len(found)
+        names = group.get("param_names") or [f"parameter {first + i}" for i in range(len(group["params"]))]
+        made = [
+            Site(param, group, states, first + i, name)
+            for i, (name, param) in enumerate(zip(names, group["params"], strict=True))
+        ]
+        projected = [site for site in made if site.rank is not None]
+        for place, site in enumerate(projected):
+            site.place, site.peers = place, len(projected)
+        found += made
+    return found
