@@ -51,7 +51,7 @@ def no_state_of_accelerate_is_left() -> Iterator[None]:
 
 def trained(
     folder: Path, options: dict[str, Any], resume: Path | None = None, whole: bool = False, lisa: bool = False,
-    bf16: bool = False,
+    bf16: bool = False, clip: float = 1.0,
 ) -> tuple[nn.Module, Any, float]:  # fmt: skip
     """The model, its optimizer and the last loss after 10 steps of 2 passes; saved after 6."""
     model = Net()
@@ -59,6 +59,7 @@ def trained(
     arguments = transformers.TrainingArguments(
         folder, max_steps=10, per_device_train_batch_size=4, gradient_accumulation_steps=2, save_steps=6, report_to=[],
         use_cpu=True, disable_tqdm=True, lr_scheduler_type="linear", bf16=bf16, weight_decay=0.01, logging_steps=1,
+        max_grad_norm=clip,
     )  # fmt: skip
     follow = fallow.LISA(model, active=1, interval=3) if lisa else None
     trainer = transformers.Trainer(
@@ -115,6 +116,14 @@ def test_the_example_of_the_page_trains(tmp_path):
     exec(text, given)
     assert not any(torch.equal(a, b) for a, b in zip(model.parameters(), Net().parameters(), strict=True))
     assert sum(site.rank is not None for site in given["trainer"].optimizer.optimizer.sites()) == 3
+
+
+def test_updates_in_the_backward_pass_of_the_trainer_are_those_after_it(tmp_path):
+    after, _, _ = trained(tmp_path / "after", {}, whole=True, clip=0.0)
+    within, own, _ = trained(tmp_path / "within", {"mode": "in_backward", "accumulate": 2}, whole=True)
+    assert own.param_groups[0]["steps"] == 10
+    for one, other in zip(after.parameters(), within.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
 def looped(folder: Path, steps: range, start: Path | None = None, save_after: int | None = None) -> list[Tensor]:
