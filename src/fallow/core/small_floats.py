@@ -106,10 +106,11 @@ def to_bfloat16(x: Tensor, step: int, place: int = 0) -> Tensor:
 
 def _dither(like: Tensor, bits: int, step: int, signed: bool, place: int = 0) -> Tensor:
     """Whole numbers of so many bits, spread evenly over places and steps."""
-    first = place * PLACE + step * STEP + signed * SIGNED
-    places = torch.arange(like.numel(), dtype=torch.int32, device=like.device).view(like.shape)
-    mixed = places.mul_(_int32(PLACE)).add_(_int32(first)).bitwise_right_shift_(32 - bits)
-    return mixed.bitwise_and_((1 << bits) - 1)
+    first, width = place * PLACE + step * STEP + signed * SIGNED, 256
+    across = torch.arange(width, dtype=torch.int32, device=like.device).mul_(_int32(PLACE)).add_(_int32(first))
+    down = torch.arange(-(-like.numel() // width), dtype=torch.int32, device=like.device).mul_(_int32(PLACE * width))
+    mixed = (down.unsqueeze(1) + across).view(-1)[: like.numel()].view(like.shape)  # the place times PLACE, plus first
+    return mixed.bitwise_right_shift_(32 - bits).bitwise_and_((1 << bits) - 1)
 
 
 def _int32(number: int) -> int:
