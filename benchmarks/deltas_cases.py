@@ -164,13 +164,18 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
 DEFAULTS: dict[str, dict[str, Any]] = {"wara-spatial": {}, "shira": {"r": 8}}
 
 
+def ours() -> list[str]:
+    """The methods of the package, without those that a program registers of its own."""
+    return sorted(name for name, method in REGISTRY.items() if method.__module__.startswith("fallow.deltas."))
+
+
 def variants(setting: Setting, chosen: Sequence[str] | None = None) -> Iterator[Variant]:
     """Every method at its defaults, then the variants; of those with `chosen` slugs or labels. ValueError for others.
 
     The transformer in bfloat16 is given those variants only that have a peer, the UNet none but the defaults.
     """
     full = setting.kind == "transformer" and setting.dtype == torch.float32
-    every = {name: (name, DEFAULTS.get(name, {})) for name in sorted(REGISTRY)} | {"shira": ("shira", {"r": 8})} | MORE
+    every = {name: (name, DEFAULTS.get(name, {})) for name in ours()} | {"shira": ("shira", {"r": 8})} | MORE
     if unknown := set(chosen or ()) - set(every):
         raise ValueError(f"{', '.join(sorted(unknown))}: no such method; choose from {', '.join(every)}")
     for label, (method, options) in every.items():

@@ -85,7 +85,8 @@ def core_of(text: str) -> list[str]:
 
 def table() -> list[dict[str, Any]]:
     """A row for each method, in the order of their names."""
-    files = {name: SOURCE / f"deltas/{name.replace('-', '_')}.py" for name in REGISTRY}
+    ours = [name for name, method in REGISTRY.items() if method.__module__.startswith("fallow.deltas.")]
+    files = {name: SOURCE / f"deltas/{name.replace('-', '_')}.py" for name in ours}
     files["shira"] = SOURCE / "selection/shira.py"
     rows = []
     for name, path in sorted(files.items()):

@@ -27,8 +27,10 @@ class OwnHost:
         return fallow.attach(model, method, targets, name, seed=3, **options)
 
     def deltas(self, model: nn.Module, name: str = "default") -> dict[str, Delta]:
-        """By the key of their weight."""
-        return {site.key: site[name] for _, site in sites(model) if name in site}
+        """By the key of their weight, and of a stack of experts by its place."""
+        held = {site.key: site[name] for _, site in sites(model) if name in site}
+        parts = {key: getattr(delta, "parts", [delta]) for key, delta in held.items()}
+        return {f"{key}.{i}": part for key, several in parts.items() for i, part in enumerate(several)}
 
     def activate(self, model: nn.Module, *names: str) -> None:
         fallow.activate(model, *names)

@@ -7,8 +7,7 @@ import torch
 from one_layer import OneLayer
 from torch import nn
 
-import fallow.deltas  # noqa: F401 - registers the methods
-from fallow.core.delta import REGISTRY
+from fallow import catalogue
 
 OPTIONS = {
     "petalface": {"rank": 2, "branch_dropout": 0.0},
@@ -21,7 +20,11 @@ OPTIONS = {
     "svfit": {},
     "loldu": {},
 }
-METHODS = sorted(set(REGISTRY) - {"wara-spatial"})  # which needs a grid of tokens
+METHODS = [
+    card.slug
+    for card in catalogue.methods()
+    if card.ready and card.idea == "delta" and card.slug not in ("peft", "wara-spatial")  # which needs a grid of tokens
+]
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 8), (6,)),
     "conv": (lambda: nn.Conv2d(6, 8, 3, stride=2, padding=1), (6, 7, 5)),
