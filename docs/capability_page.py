@@ -112,4 +112,4 @@ def among(slugs: list[str]) -> str:
 
 
 def escaped(text: str) -> str:
-    return re.sub(r"([|*<_])", r"\\\1", text)
+    return re.sub(r"([|*_])", r"\\\1", text).replace("<", "&lt;")

@@ -45,7 +45,8 @@ def times(model: str) -> Callable[[Path], Iterator[str]]:
         yield "| method | layers | trained | LoRA's rank | its trained | time | peak | PEFT's own: time | peak |"
         yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
         yield from map(_time_row, run["cases"])
-        ready = {card.slug for card in catalogue.methods() if card.ready and card.idea == "delta"} | {"shira"}
+        deltas = {card.slug for card in catalogue.methods() if card.ready and card.idea == "delta"}
+        ready = deltas - {"peft"} | {"shira"}
         if left := sorted(ready - {case["method"] for case in run["cases"]}):
             yield ""
             yield f"Not measured on this network yet: {', '.join(left)}."

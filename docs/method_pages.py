@@ -283,7 +283,8 @@ def _options(card: Card) -> list[str]:
 
 def _cell(text: str) -> str:
     """One line of text with nothing in it that Markdown would take for its own, but code."""
-    return re.sub(r"`[^`]*`|[*_<|]", lambda found: found[0] if len(found[0]) > 1 else f"\\{found[0]}", text)
+    plain = {"<": "&lt;"}  # which Markdown takes no backslash for
+    return re.sub(r"`[^`]*`|[*_<|]", lambda f: f[0] if len(f[0]) > 1 else plain.get(f[0], f"\\{f[0]}"), text)
 
 
 def _module_text(card: Card) -> str:

@@ -6,9 +6,9 @@
     optimizer = fallow.GradNormLoRP([p for p in model.parameters() if p.requires_grad])
 
 The paper's method is DoRA's weight with GaLore's update of the factors: A (r, in) and B (out, r) are each projected on
-`rank` < r directions of their gradient along the short side, magnitudes and all else take AdamW. The first basis waits
-for a gradient that is not zero, which A has from the second step on (the official code keeps an arbitrary one for 500
-steps). The paper's text projects on both sides (basis="two-sided"), its code, as here, on one.
+`rank` directions, fewer than r, of their gradient's short side; magnitudes and all else take AdamW. The first basis
+waits for a gradient that is not zero, which A has from the second step on (the official code keeps an arbitrary one for
+500 steps). The paper's text projects on both sides (basis="two-sided"), its code, as here, on one.
 
 `normalized=True` is the form without an adapter, for all weights. The official class keeps a copy of every weight,
 loses the learned lengths and omits the tangential part; here W alone is kept:
