@@ -199,7 +199,7 @@ def show_checkpoints(found: dict[str, Any]) -> None:
     for side in ("first", "second"):
         only = found[f"only_in_{side}"]
         if only:
-            rows.append((f"only in {found[side]}", f"{len(only)} tensors, such as {only[0]}"))
+            rows.append((f"only in the {side}", f"{len(only)} tensors, such as {only[0]}"))
     if not found["total"]:
         rows = [("in common", "no tensor: they are of other methods, formats or networks"), *rows[3:]]
     show.facts(f"{found['first']} and {found['second']}", rows)
