@@ -176,3 +176,5 @@ def test_a_normalised_run_resumes_bit_for_bit() -> None:
 def test_a_residual_beside_normalised_weights_is_refused() -> None:
     with pytest.raises(ConfigError, match="normalized=True"):
         GradNormLoRP([one_matrix((4, 4))], normalized=True, residual="fira")
+    with pytest.raises(ConfigError, match="leave residual out of the groups"):
+        GradNormLoRP([{"params": [one_matrix((4, 4))], "residual": "fira"}], normalized=True)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from fallow.core.errors import ConfigError
+from fallow.core.sharded import is_dtensor
 from fallow.optim import refresh
 from fallow.optim.lowrank import LowRank
 from fallow.optim.residuals.residual import Move
@@ -42,7 +43,8 @@ class GradNormLoRP(LowRank):
     """A LowRank with GaLore's residual and bases of the Gram matrix; see there for the arguments.
 
     `rank`: of the projection, below that of the factors (a factor whose short side is no longer takes AdamW plainly).
-    `normalized`: keep the weights of all matrices as lengths and directions, for training without an adapter.
+    `normalized`: keep the weights of projected matrices as lengths and directions, for training without
+    an adapter; groups have no residual of their own then, and weights sharded by FSDP2 are refused.
     Defaults: the paper's for GLUE, but for `rank`, where its scripts use three. ConfigError as LowRank.
     """
 
@@ -66,6 +68,20 @@ class GradNormLoRP(LowRank):
         super().__init__(
             params, lr, rank, basis=basis, refresh_every=refresh_every, scale=scale, betas=betas, eps=eps, **options
         )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As LowRank's; with normalized=True ConfigError for a group's own residual and for sharded weights."""
+        if self.normalized:
+            if "residual" in param_group:
+                raise ConfigError("normalized=True has its own way to move a weight; leave residual out of the groups")
+            listed = _listed(param_group["params"])
+            param_group = {**param_group, "params": listed}
+            held = [one[1] if isinstance(one, tuple) else one for one in listed]
+            if any(is_dtensor(param) for param in held):
+                raise ConfigError(
+                    "normalized=True needs whole rows and bases on one process; do not shard these weights"
+                )
+        super().add_param_group(param_group)
 
     def _begin(self, site: Site) -> None:
         super()._begin(site)
@@ -91,6 +107,10 @@ class GradNormLoRP(LowRank):
         directions = group["inner"].directions(sites, inside, group)
         for site, part, direction in zip(sites, parts, directions, strict=True):
             _move(site, part, direction, group)
+
+
+def _listed(params: Any) -> list[Any]:
+    return [params] if isinstance(params, Tensor) else list(params)
 
 
 @dataclass
