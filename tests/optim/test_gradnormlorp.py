@@ -7,7 +7,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import fallow
 from fallow.core.errors import ConfigError
@@ -178,3 +181,13 @@ def test_a_residual_beside_normalised_weights_is_refused() -> None:
         GradNormLoRP([one_matrix((4, 4))], normalized=True, residual="fira")
     with pytest.raises(ConfigError, match="leave residual out of the groups"):
         GradNormLoRP([{"params": [one_matrix((4, 4))], "residual": "fira"}], normalized=True)
+
+
+def test_sharded_weights_are_refused_where_lengths_are_kept() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = nn.Parameter(distribute_tensor(torch.ones(4, 6), init_device_mesh("cpu", (1,)), [Shard(0)]))
+        with pytest.raises(ConfigError, match="do not shard these weights"):
+            GradNormLoRP([("weight", sharded)], normalized=True)
+    finally:
+        dist.destroy_process_group()
