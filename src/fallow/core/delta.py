@@ -159,6 +159,7 @@ class Delta(nn.Module):
             )
         self.__dict__["_common"] = (site.common,)  # a tuple hides it from nn.Module
         self.__dict__["context"] = site.context
+        self.__dict__["_site"] = (site,)  # not W itself, which hosts may replace
         before = torch.get_default_dtype()
         torch.set_default_dtype(site.dtype)
         try:
@@ -301,6 +302,11 @@ class Delta(nn.Module):
             if param is not None:
                 return param.dtype
         return torch.float32
+
+    def stored(self) -> Tensor:
+        """(out, in): the frozen weight as it is now, dequantised, in its own dtype."""
+        weight: Tensor = self.__dict__["_site"][0].stored()
+        return weight
 
     def all_parameters(self) -> list[nn.Parameter]:
         """Its own and the shared ones."""

@@ -21,21 +21,22 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from fallow.core.delta import Delta, MethodOptions, Site, number, one_of, whole
+from fallow.core.delta import Site, number, one_of, whole
 from fallow.core.errors import ConfigError
+from fallow.core.factor_pair import FactorPair, PairOptions
 from fallow.core.factored import down
 from fallow.core.views import View
 
 CPU_TILE, TILE = (1024, 256), (4096, 4096)  # rows and columns of L Rᵀ that exist at one time: in cache, or on a GPU
 
 
-class PEGO(Delta):
+class PEGO(FactorPair):
     """Sums over all entries grow with out²: for other sizes than a ViT-B's 768 change `orthogonality` inversely."""
 
     name = "pego"
 
     @dataclasses.dataclass(kw_only=True)
-    class Options(MethodOptions):
+    class Options(PairOptions):
         """`rank`: r, of each module. `group`: N modules. `orthogonality`: what both terms count in the objective.
         `side`: products over the "input", (out, out), or over the "output", (in, in), see above. `norm`: "l1", sums of
         absolute entries, or "fro2", of squares.
@@ -48,6 +49,7 @@ class PEGO(Delta):
         norm: Literal["l1", "fro2"] = "l1"
 
         def check(self) -> None:
+            super().check()
             whole("rank", self.rank)
             whole("group", self.group)
             number("orthogonality", self.orthogonality)
@@ -61,13 +63,12 @@ class PEGO(Delta):
                 f"group={self.o.group} times rank={self.o.rank} is above what '{site.name}' of {site.shape} can have; "
                 f"give at most {min(site.shape)} in all"
             )
-        self.A = nn.Parameter(torch.empty(total, width))  # the modules' factors, one below (B: beside) the other
-        nn.init.kaiming_uniform_(self.A, math.sqrt(5))
-        self.B = nn.Parameter(torch.zeros(out, total))
-        self.__dict__["_site"] = (site,)  # not W itself, which hosts may replace
+        a = torch.empty(total, width)  # the modules' factors, one below (B: beside) the other
+        nn.init.kaiming_uniform_(a, math.sqrt(5))
+        self.keep_pair(a, torch.zeros(out, total))
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.B, self.A
+        return self.with_start(self.B, self.A)
 
     def loss(self) -> Tensor | None:
         if not self.o.orthogonality:
@@ -83,7 +84,7 @@ class PEGO(Delta):
     def _sums(self, all_a: Tensor, all_b: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(all_a.device.type, enabled=False):
             n, r = self.o.group, self.o.rank
-            w = self.__dict__["_site"][0].stored()
+            w = self.stored()
             a, b = all_a.unflatten(0, (n, r)), all_b.unflatten(1, (n, r)).transpose(0, 1)  # (n, r, in), (n, out, r)
             if self.o.side == "input":
                 # W (B A)ᵀ = (W Aᵀ) Bᵀ, the products of all modules in one; a half-precision W is never kept in float32
