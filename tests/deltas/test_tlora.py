@@ -20,7 +20,7 @@ FORMS = [
     {"transform_rank": 2},
     {"transform_rank": 2, "residual": "tr", "rank": 3},
     {"transform_rank": 1, "residual": "ttm", "rank": 2},
-    {"transform_rank": 3, "residual": "none", "start": "paper"},
+    {"transform_rank": 3, "residual": "none", "rings": "paper"},
     {"transform_rank": 0, "residual": "tr"},
 ]
 
@@ -68,12 +68,12 @@ def test_output_is_unchanged_at_the_start(kind: str, options: dict) -> None:
 def test_the_transform_is_the_identity_at_the_start(start: str, rank: int, width: int) -> None:
     if start == "bonds" and rank == 1:
         return
-    delta = OneLayer(nn.Linear(width, 6), "tlora", transform_rank=rank, rank=1, start=start).delta
+    delta = OneLayer(nn.Linear(width, 6), "tlora", transform_rank=rank, rank=1, rings=start).delta
     torch.testing.assert_close(ring_matrix(delta.cores()), torch.eye(width), atol=1e-6, rtol=0)
 
 
 def test_noise_leaves_the_identity_by_a_few_hundredths_and_says_so() -> None:
-    delta = OneLayer(nn.Linear(64, 6), "tlora", transform_rank=2, start="noise").delta
+    delta = OneLayer(nn.Linear(64, 6), "tlora", transform_rank=2, rings="noise").delta
     far = (ring_matrix(delta.cores()) - torch.eye(64)).detach().abs().max()
     assert 5e-3 < float(far) < 0.15
     assert delta.starts
@@ -150,7 +150,7 @@ def test_trained_numbers_are_the_formula(options: dict, shape: tuple[int, int]) 
 def trained(start: str, steps: int = 50) -> OneLayer:
     torch.manual_seed(0)
     layer = nn.Linear(24, 16, bias=False, dtype=torch.float64)  # float32 parts them by its rounding, 1e-5
-    model = OneLayer(layer, "tlora", transform_rank=2, residual="none", start=start)
+    model = OneLayer(layer, "tlora", transform_rank=2, residual="none", rings=start)
     target = layer.weight @ (torch.eye(24) + 0.2 * torch.randn(24, 24)).double()
     optimizer = torch.optim.Adam(model.delta.parameters(), lr=1e-2)
     for _ in range(steps):
@@ -300,10 +300,10 @@ def test_a_width_without_factors_is_told_and_its_transform_is_dense() -> None:
         ({"scaling": "none"}, "scaling='none'"),
         ({"order": 0}, "order=0"),
         ({"order": 1_000_000}, "order=1000000"),
-        ({"start": "uv"}, "start='uv'"),
+        ({"rings": "uv"}, "rings='uv'"),
         ({"penalty": -1.0}, "penalty=-1.0"),
         ({"transform_rank": 0, "residual": "none"}, "changes nothing"),
-        ({"transform_rank": 1, "start": "bonds"}, "start='bonds' needs"),
+        ({"transform_rank": 1, "rings": "bonds"}, "rings='bonds' needs"),
     ],
 )
 def test_impossible_options_are_refused_by_name(options: dict, message: str) -> None:

@@ -29,7 +29,7 @@ import dataclasses
 import inspect
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,9 @@ from fallow.core.errors import ConfigError, ModelError, nearest
 from fallow.core.factored import through
 from fallow.core.low_rank_linear import low_rank_linear
 from fallow.core.views import View
+
+if TYPE_CHECKING:
+    from fallow.core.starting import Pair
 
 Mode = Literal["add", "weight", "output"]
 REGISTRY: dict[str, type[Delta]] = {}
@@ -49,6 +52,8 @@ class Site:
     `name`: the module's path. `view`: its weight as a matrix. `common`: the module that holds what the layers of this
     adapter share. `context`: values that the user sets for a forward (`fallow.condition`). `fresh`: False where saved
     tensors replace those that setup makes, so that costly ones need not be computed. `dtype`: of trained tensors.
+    `layer`, `rows`: where it is a block of a fused weight, the whole one's name and the block's rows; else its own name
+    and None.
     """
 
     def __init__(
@@ -60,8 +65,11 @@ class Site:
         context: dict[str, Any] | None = None,
         seed: int = 0,
         fresh: bool = True,
+        block: tuple[str, slice] | None = None,
     ) -> None:
         self.name, self.view, self._read, self.common, self.seed, self.fresh = name, view, read, common, seed, fresh
+        self.layer: str = name if block is None else block[0]
+        self.rows: slice | None = None if block is None else block[1]
         self.context: dict[str, Any] = {} if context is None else context
         weight = read()
         self.device, self.dtype = weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -255,6 +263,14 @@ class Delta(nn.Module):
     def resize(self, rank: int) -> None:
         """Give it this rank, keeping the most important; growth starts unchanged. ConfigError where it cannot."""
         raise ConfigError(f"'{self.name}' cannot change its rank")
+
+    def pair_form(self) -> tuple[int, float]:
+        """Rank and scale of the factor pair that a start fills. ConfigError where the method has none."""
+        raise ConfigError(f"'{self.name}' has no factor pair that start= could fill; leave start out, or use 'lora'")
+
+    def take(self, pair: Pair) -> None:
+        """Start from this pair of factors; see `fallow.core.starting`."""
+        self.pair_form()
 
     @torch.no_grad()
     def randomize(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -63,22 +64,29 @@ class Fused(Delta):
         super().__init__(site, options)
 
     def setup(self, site: Site) -> None:
-        self.parts = nn.ModuleList()
-        start = 0
-        for number, size in enumerate(self.sizes):
-            rows = slice(start, start + size)
-            block = Site(
+        self.parts = nn.ModuleList(
+            self.method(block, self.apart.get(number, self.options))
+            for number, block in enumerate(self.block_sites(site))
+        )
+        self.mode, self.exact = self.deltas[0].mode, self.deltas[0].exact  # type: ignore[misc]  # options may choose them
+
+    def block_sites(self, site: Site) -> list[Site]:
+        """The sites of the blocks of this one."""
+        ends = list(accumulate(self.sizes))
+        blocks = [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
+        return [
+            Site(
                 f"{site.name}.{number}",
-                _Rows(site.view, size),
+                _Rows(site.view, rows.stop - rows.start),
                 partial(_part, site, rows),
                 site.common,
                 site.context,
                 site.seed,
                 site.fresh,
+                (site.name, rows),
             )
-            self.parts.append(self.method(block, self.apart.get(number, self.options)))
-            start += size
-        self.mode, self.exact = self.deltas[0].mode, self.deltas[0].exact  # type: ignore[misc]  # options may choose them
+            for number, rows in enumerate(blocks)
+        ]
 
     @property
     def deltas(self) -> list[Delta]:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fallow.core.delta import MethodOptions, number, whole
 from fallow.core.errors import ConfigError
+from fallow.core.factor_pair import PairOptions
 from fallow.deltas.sora import SoRA, check_gates
 
 
@@ -33,7 +34,7 @@ class CoDyRA(SoRA):
     name = "codyra"
 
     @dataclasses.dataclass(kw_only=True)
-    class Options(MethodOptions):
+    class Options(PairOptions):
         """`rank`: r, of which gates may fall. `max_kappa`: the last threshold. `dense`: share of the run before any
         threshold. `threshold_mode`: "constant", kappa as above, or "lr", times the learning rate's share of its highest
         value, as in SoRA. `gate_init`: "normal", where chance decides who falls first, or "ones". `compat_2xi`: the
@@ -48,6 +49,7 @@ class CoDyRA(SoRA):
         compat_2xi: bool = False
 
         def check(self) -> None:
+            super().check()
             whole("rank", self.rank)
             number("max_kappa", self.max_kappa)
             number("dense", self.dense, most=1.0)

@@ -29,9 +29,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fallow.core.delta import MethodOptions, Site, fits_rank, number, one_of, whole
+from fallow.core.delta import Site, fits_rank, number, one_of, whole
 from fallow.core.errors import ConfigError
+from fallow.core.factor_pair import PairOptions
 from fallow.core.factored import through
+from fallow.core.starting import Pair
 from fallow.deltas.lora import LoRA
 
 
@@ -42,7 +44,7 @@ class DyLoRA(LoRA):
     steps: Tensor
 
     @dataclasses.dataclass(kw_only=True)
-    class Options(MethodOptions):
+    class Options(PairOptions):
         """`rank`: R. `alpha`: the scale at rank b is alpha / b. `dropout`: on the layer's input. `rank_min`: the least
         that is drawn. `unit`: ranks that go together; it divides both (a `rank_min` of 1 stands for one unit).
         `update`: "frozen", the last unit of those drawn alone is trained, or "full", all of them. `strict`: resting
@@ -61,6 +63,7 @@ class DyLoRA(LoRA):
         geometric: float = 0.0
 
         def check(self) -> None:
+            super().check()
             whole("rank", self.rank)
             number("alpha", self.alpha, open_below=True)
             number("dropout", self.dropout, most=0.99)
@@ -78,6 +81,7 @@ class DyLoRA(LoRA):
             fits_rank(site, self.o.rank)
         self.seed = site.seed
         self._keep(*self.start(self.o.rank))
+        self.keep_start()
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.drawn = self.draw(0)
 
@@ -134,21 +138,45 @@ class DyLoRA(LoRA):
             rows, columns = list(rows[0][:rank].split(self.o.unit)), list(columns[0][:, :rank].split(self.o.unit, 1))
         if training and self.o.update == "frozen":
             rows[:-1], columns[:-1] = [t.detach() for t in rows[:-1]], [t.detach() for t in columns[:-1]]
-        return torch.cat(columns, 1) * (self.o.alpha / rank), torch.cat(rows)
+        s = self.o.alpha / rank
+        b, a = torch.cat(columns, 1) * s, torch.cat(rows)
+        if not self.o.offset:
+            return b, a
+        return torch.cat([b, self.start_B[:, :rank] * -s], 1), torch.cat([a, self.start_A[:rank]])
+
+    def pair_form(self) -> tuple[int, float]:
+        return self.o.rank, float(self.o.alpha / self.o.rank)
+
+    @torch.no_grad()
+    def take(self, pair: Pair) -> None:
+        """The first ranks are subtracted with their units, so that the model is the base at every rank."""
+        if pair.core is not None:
+            raise ConfigError(f"'{self.name}' has no core between its factors, which this start is for; use 'lora-xs'")
+        out, inner = self.view.shape
+        a, b = torch.empty(self.o.rank, inner).copy_(pair.a), torch.zeros(out, self.o.rank)
+        if pair.b is not None:
+            b.copy_(pair.b)
+        self._keep(a, b)
+        if pair.b is not None and not pair.kept:
+            self._subtract(a, b)
 
     def importance(self) -> Tensor:
         """What a cut at each rank loses at most: the sum of s |B_k| |A_k| from it on, so it falls."""
         b, a = self._at(self.o.rank)
-        return (b.norm(dim=0) * a.norm(dim=1)).detach().flip(0).cumsum(0).flip(0)
+        worth = b[:, : self.o.rank].norm(dim=0) * a[: self.o.rank].norm(dim=1)
+        return worth.detach().flip(0).cumsum(0).flip(0)
 
     @torch.no_grad()
     def resize(self, rank: int) -> None:
         """The first ranks, as they are: the scale becomes alpha / rank, for which they were trained."""
         whole("rank", rank)
         b, a = self._at(self.o.rank)
-        b, more = b * (self.o.rank / self.o.alpha), max(0, rank - self.o.rank)
+        b, a = b[:, : self.o.rank] * (self.o.rank / self.o.alpha), a[: self.o.rank]
+        more = max(0, rank - self.o.rank)
         fresh_a, fresh_b = self.start(more)
         trained = next(self.parameters()).requires_grad
         self.o = dataclasses.replace(self.o, rank=rank, rank_min=min(self.o.rank_min, rank))
         self._keep(torch.cat([a[:rank], fresh_a.to(a)]), torch.cat([b[:, :rank], fresh_b.to(b)], 1), trained)
+        if self.o.offset:
+            self._subtract(self.start_A[:rank], self.start_B[:, :rank])
         self.drawn = self.draw(int(self.steps))

@@ -28,20 +28,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fallow.core.bases import smallest
-from fallow.core.delta import Delta, MethodOptions, Site, number, one_of, whole
+from fallow.core.delta import Site, number, one_of, whole
 from fallow.core.errors import ConfigError
+from fallow.core.factor_pair import FactorPair, PairOptions
 from fallow.core.factored import through
 from fallow.core.low_rank_linear import low_rank_linear
+from fallow.core.starting import Pair
 
 
-class KaSA(Delta):
+class KaSA(FactorPair):
     name = "kasa"
     starts = "the smallest singular directions of each weight are taken out"
     cut_A: Tensor  # V_dᵀ, up to a rotation among the directions
     cut_B: Tensor  # -U_d diag(s_d), likewise
 
     @dataclasses.dataclass(kw_only=True)
-    class Options(MethodOptions):
+    class Options(PairOptions):
         """`rank`: r. `alpha`: None for 2 * rank, the ratio of all of the paper's runs. `trunc_rank`: how many
         directions are taken out; None for the rank, as in the paper; 0 for none. `dropout`: on the input of the update,
         not of what is taken out. `beta`: weight of |d|² in the loss. `gamma`: weight of the two distances from
@@ -60,6 +62,7 @@ class KaSA(Delta):
         gram: str = "small"
 
         def check(self) -> None:
+            super().check()
             whole("rank", self.rank)
             if self.trunc_rank is not None:
                 whole("trunc_rank", self.trunc_rank, 0)
@@ -79,7 +82,9 @@ class KaSA(Delta):
                 raise ConfigError(
                     f"{name}={value} leaves nothing of '{site.name}' of {site.shape}; give at most {most}"
                 )
-        self.A, self.d, self.B = (nn.Parameter(tensor) for tensor in self.start(self.o.rank))
+        a, d, b = self.start(self.o.rank)
+        self.d = nn.Parameter(d)
+        self.keep_pair(a, b)
         out_part, in_part = smallest(site.weight(), cut)
         self.register_buffer("cut_B", -out_part, persistent=False)
         self.register_buffer("cut_A", in_part, persistent=False)
@@ -99,14 +104,29 @@ class KaSA(Delta):
     def eta(self) -> float:
         return 2.0 if self.o.alpha is None else float(self.o.alpha / self.d.numel())
 
+    def pair_form(self) -> tuple[int, float]:
+        return self.d.numel(), self.eta
+
+    @torch.no_grad()
+    def take(self, pair: Pair) -> None:
+        """d is 1 where a start fills the factors."""
+        super().take(pair)
+        self.d.fill_(1.0)
+
+    def update(self) -> tuple[Tensor, Tensor]:
+        """The factors of what is trained."""
+        return self.with_start(self.B * (self.eta * self.d), self.A, self.eta)
+
     def factors(self) -> tuple[Tensor, Tensor]:
-        return torch.cat([self.B * (self.eta * self.d), self.cut_B], 1), torch.cat([self.A, self.cut_A])
+        b, a = self.update()
+        return torch.cat([b, self.cut_B], 1), torch.cat([a, self.cut_A])
 
     def delta_forward(self, x: Tensor) -> Tensor:
         if self.context.get("truncated_only"):
             return through(self.view, x, self.cut_A, self.cut_B)
         if self.share_of_input and self.training:
-            update = through(self.view, F.dropout(x, self.share_of_input), self.A, self.B * (self.eta * self.d))
+            b, a = self.update()
+            update = through(self.view, F.dropout(x, self.share_of_input), a, b)
             return update + through(self.view, x, self.cut_A, self.cut_B)
         b, a = self.factors()
         return through(self.view, x, a, b)
@@ -146,10 +166,10 @@ class KaSA(Delta):
         whole("rank", rank)
         keep = self.importance().topk(min(rank, self.d.numel())).indices.sort().values
         a, d, b = (fresh.to(self.A) for fresh in self.start(rank - len(keep)))
-        before, cut, trained = self.eta, self.cut_A.shape[0], self.A.requires_grad
-        kept_a, kept_d, kept_b = self.A[keep], self.d[keep], self.B[:, keep]
+        before, cut, old = self.eta, self.cut_A.shape[0], self.d
         self.o = dataclasses.replace(self.o, rank=rank, trunc_rank=cut)
         eta = 2.0 if self.o.alpha is None else self.o.alpha / rank
-        self.A = nn.Parameter(torch.cat([kept_a, a]), trained)
-        self.d = nn.Parameter(torch.cat([kept_d * (before / eta), d]), trained)
-        self.B = nn.Parameter(torch.cat([kept_b, b], 1), trained)
+        self.d = nn.Parameter(torch.cat([old[keep] * (before / eta), d]), old.requires_grad)
+        if self.o.offset:
+            self.start_B.mul_(before / eta)
+        self.resize_pair(keep, a, b, cut=False)

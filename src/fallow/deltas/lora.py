@@ -16,14 +16,15 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fallow.core.delta import Delta, MethodOptions, Site, fits_rank, number, one_of, whole
+from fallow.core.delta import Site, fits_rank, number, one_of, whole
 from fallow.core.errors import ConfigError
+from fallow.core.factor_pair import FactorPair, PairOptions
 
 
 @dataclasses.dataclass(kw_only=True)
-class FactorOptions(MethodOptions):
+class FactorOptions(PairOptions):
     """`rank`: r. `alpha`: None for the rank, so that s = 1 (sqrt(r) for "rslora"). `scaling`: "standard" alpha / rank,
     or "rslora" alpha / sqrt(rank), with which gradients keep their size at high ranks.
     """
@@ -33,13 +34,14 @@ class FactorOptions(MethodOptions):
     scaling: str = "standard"
 
     def check(self) -> None:
+        super().check()
         whole("rank", self.rank)
         if self.alpha is not None:
             number("alpha", self.alpha, open_below=True)
         one_of("scaling", self.scaling, ("standard", "rslora"))
 
 
-class LoRA(Delta):
+class LoRA(FactorPair):
     name = "lora"
 
     @dataclasses.dataclass(kw_only=True)
@@ -57,8 +59,7 @@ class LoRA(Delta):
     def setup(self, site: Site) -> None:
         if site.fresh:  # files of other programs hold ranks above the layer's, which do no harm
             fits_rank(site, self.o.rank)
-        a, b = self.start(self.o.rank)
-        self.A, self.B = nn.Parameter(a), nn.Parameter(b)
+        self.keep_pair(*self.start(self.o.rank))
 
     def start(self, rank: int) -> tuple[Tensor, Tensor]:
         """Fresh A (rank, in) and B (out, rank), whose product is zero."""
@@ -70,29 +71,30 @@ class LoRA(Delta):
     @property
     def scaling(self) -> float:
         """s"""
-        rank = self.A.shape[0]
+        return self.scaling_at(self.A.shape[0])
+
+    def scaling_at(self, rank: int) -> float:
+        """s of this rank."""
         alpha = rank if self.o.alpha is None else self.o.alpha
         return float(alpha / (math.sqrt(rank) if self.o.scaling == "rslora" else rank))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         s = self.scaling
-        return self.B if s == 1.0 else self.B * s, self.A
+        return self.with_start(self.B if s == 1.0 else self.B * s, self.A, s)
 
     @classmethod
     def parameter_count(cls, shape: tuple[int, int], options: Any) -> int:
         return int(options.rank) * (shape[0] + shape[1])
 
     def importance(self) -> Tensor:
-        """The norm of each rank's part of D: s |B_k| |A_k|."""
-        return (self.scaling * self.B.norm(dim=0) * self.A.norm(dim=1)).detach()
+        """The norm of each rank's part of D: s |B_k| |A_k|, or what it has changed since its start."""
+        return self.scaling * self.learned()
 
     @torch.no_grad()
     def resize(self, rank: int) -> None:
         """B takes up what the new rank changes in s, so that what is kept acts as before."""
         whole("rank", rank)
         keep = self.importance().topk(min(rank, self.A.shape[0])).indices.sort().values
-        before, (a, b) = self.scaling, self.start(max(0, rank - len(keep)))
-        kept_a, kept_b = self.A[keep], self.B[:, keep]
+        before = self.scaling
         self.o = dataclasses.replace(self.o, rank=rank)
-        self.A = nn.Parameter(torch.cat([kept_a, a.to(kept_a)]), self.A.requires_grad)
-        self.B = nn.Parameter(torch.cat([kept_b * (before / self.scaling), b.to(kept_b)], 1), self.B.requires_grad)
+        self.resize_pair(keep, *self.start(max(0, rank - len(keep))), before / self.scaling_at(rank))

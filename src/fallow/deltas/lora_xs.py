@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from fallow.core.delta import Delta, MethodOptions, Site, fits_rank, number, one_of, whole
+from fallow.core.errors import ConfigError
 from fallow.core.factored import down
 from fallow.core.linalg import low_rank
 from fallow.core.low_rank_linear import low_rank_linear
+from fallow.core.starting import Pair
 
 
 class LoRAXS(Delta):
@@ -59,6 +61,20 @@ class LoRAXS(Delta):
         self.register_buffer("A", a.contiguous(), persistent=self.o.save_factors)
         self.register_buffer("B", b.contiguous(), persistent=self.o.save_factors)
         self.R = nn.Parameter(torch.zeros(rank, rank))
+
+    def pair_form(self) -> tuple[int, float]:
+        return int(self.o.rank), 1.0 if self.o.alpha is None else float(self.o.alpha / self.o.rank)
+
+    @torch.no_grad()
+    def take(self, pair: Pair) -> None:
+        """The outer factors of a start, which depend on data, and its core, zero where it has none."""
+        if pair.b is None:
+            raise ConfigError("'lora-xs' keeps both outer factors as they start; this start gives one of them alone")
+        if not self.o.save_factors:
+            raise ConfigError("save_factors=False makes the factors of the weight again; with start= leave it out")
+        self.A.copy_(pair.a)
+        self.B.copy_(pair.b)
+        self.R.zero_() if pair.core is None else self.R.copy_(pair.core)
 
     def core(self) -> Tensor:
         s = 1.0 if self.o.alpha is None else self.o.alpha / self.o.rank

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from fallow.core import schedule
 from fallow.core.delta import MethodOptions, Site, number, one_of, whole
 from fallow.core.errors import ConfigError
+from fallow.core.starting import Pair
 from fallow.deltas.lora import LoRA
 
 
@@ -79,7 +80,13 @@ class SoRA(LoRA):
         return torch.ones(rank) if self.o.gate_init == "ones" else torch.randn(rank)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.B * (self.scaling * self.gate), self.A
+        return self.with_start(self.B * (self.scaling * self.gate), self.A, self.scaling)
+
+    @torch.no_grad()
+    def take(self, pair: Pair) -> None:
+        """Gates are 1 where a start fills the factors."""
+        super().take(pair)
+        self.gate.fill_(1.0)
 
     @classmethod
     def parameter_count(cls, shape: tuple[int, int], options: Any) -> int:
@@ -120,12 +127,10 @@ class SoRA(LoRA):
         whole("rank", rank)
         keep = self.importance().topk(min(rank, len(self.gate))).indices.sort().values
         more = max(0, rank - len(keep))
-        s, (a, b), gates = self.scaling, self.start(more), self.fresh_gates(more)
-        old_a, old_b, old = self.A, self.B, self.gate
+        s, old = self.scaling, self.gate
         self.o = self.resized_options(rank, s)
-        self.A = nn.Parameter(torch.cat([old_a[keep], a.to(old_a)]), old_a.requires_grad)
-        self.B = nn.Parameter(torch.cat([old_b[:, keep], b.to(old_b)], 1), old_b.requires_grad)
-        self.gate = nn.Parameter(torch.cat([old[keep], gates.to(old)]), old.requires_grad)
+        self.resize_pair(keep, *self.start(more), cut=False)  # a gate at zero is a change, where a start is subtracted
+        self.gate = nn.Parameter(torch.cat([old[keep], self.fresh_gates(more).to(old)]), old.requires_grad)
 
     def resized_options(self, rank: int, s: float) -> MethodOptions:
         changed: MethodOptions = dataclasses.replace(self.o, rank=rank, alpha=s * rank, scaling="standard")

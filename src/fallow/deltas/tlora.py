@@ -13,7 +13,7 @@ arXiv 2501.08727. ("T-LoRA", which depends on the timestep, is another method.)
             "none"
 
 Repaired: with the published start, A_d[:, :, r, s] = I / R_T for all r, s, the R_T^2 slices of a core get the same
-gradient and stay equal for ever: a Kronecker product with R_T^2 times the numbers. start="bonds", the default above
+gradient and stay equal for ever: a Kronecker product with R_T^2 times the numbers. rings="bonds", the default above
 R_T = 1, breaks that and is the identity too: A_d[i, j, r, s] = delta_ij u_d[r] v_d[s] with random unit u_d and
 v_d = u_{d+1} + w, w a unit vector orthogonal to u_{d+1}, so that every v_d . u_{d+1} is 1.
 
@@ -52,7 +52,7 @@ class TLoRA(Delta):
     class Options(MethodOptions):
         """`transform_rank`: R_T of the transform; 1 for a Kronecker product, 0 for none. `rank`: r of the residual.
         `residual`: "lora", "tr", "ttm" or "none", see above. `alpha`: of the residual's scale. `scaling`: "rslora"
-        alpha / sqrt(r), or "standard" alpha / r. `order`: D, factors of a width. `start`: None for "paper" up to R_T =
+        alpha / sqrt(r), or "standard" alpha / r. `order`: D, factors of a width. `rings`: None for "paper" up to R_T =
         1, "bonds" above; "noise" adds N(0, 0.01^2) to the paper's, which is the identity to 4e-2 only. `penalty`: mu of
         the regulariser, which adds the norms of all slices' distances from the start.
         """
@@ -63,7 +63,7 @@ class TLoRA(Delta):
         alpha: float = 1.0
         scaling: Literal["rslora", "standard"] = "rslora"
         order: int = 3
-        start: Literal["paper", "bonds", "noise"] | None = None
+        rings: Literal["paper", "bonds", "noise"] | None = None
         penalty: float = 0.0
 
         def check(self) -> None:
@@ -73,12 +73,12 @@ class TLoRA(Delta):
             number("alpha", self.alpha, open_below=True)
             one_of("scaling", self.scaling, ("rslora", "standard"))
             whole("order", self.order, most=16)
-            one_of("start", self.start, (None, "paper", "bonds", "noise"))
+            one_of("rings", self.rings, (None, "paper", "bonds", "noise"))
             number("penalty", self.penalty)
             if not self.transform_rank and self.residual == "none":
                 raise ConfigError("transform_rank=0 with residual='none' changes nothing; give one of them")
-            if self.start == "bonds" and self.transform_rank < 2:
-                raise ConfigError(f"start='bonds' needs transform_rank of 2 or more, not {self.transform_rank}")
+            if self.rings == "bonds" and self.transform_rank < 2:
+                raise ConfigError(f"rings='bonds' needs transform_rank of 2 or more, not {self.transform_rank}")
 
     def setup(self, site: Site) -> None:
         o, (out, width) = self.o, site.shape
@@ -113,7 +113,7 @@ class TLoRA(Delta):
         if len(self.ins) == 1 and site.shape[1] > 16:
             warnings.warn(f"'{site.name}' has {site.shape[1]} inputs, a prime: its transform is dense", stacklevel=3)
         left = right = torch.full((len(self.ins), r), 1 / math.sqrt(r))  # the paper's: I / R_T
-        if o.start == "bonds" or (o.start is None and r > 1):
+        if o.rings == "bonds" or (o.rings is None and r > 1):
             generator = site.generator()
             left = nn.functional.normalize(torch.randn(len(self.ins), r, generator=generator), dim=1)
             other = torch.randn(len(self.ins), r, generator=generator)
@@ -123,9 +123,9 @@ class TLoRA(Delta):
         self.register_buffer("left", left)  # saved: random, and a few numbers only
         self.register_buffer("right", right.clone())
         for d, n in enumerate(self.ins):
-            core = torch.randn(n, n, r, r) * 1e-2 if o.start == "noise" else torch.zeros(n, n, r, r)
+            core = torch.randn(n, n, r, r) * 1e-2 if o.rings == "noise" else torch.zeros(n, n, r, r)
             self.register_parameter(f"T{d}", nn.Parameter(core))
-        if o.start == "noise":
+        if o.rings == "noise":
             self.starts = "noise breaks the symmetry of its bonds"  # type: ignore[misc]
 
     def _named(self, letter: str, count: int) -> list[Tensor]:

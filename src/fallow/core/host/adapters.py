@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fallow.core.accompany import Penalty
+from fallow.core.accompany import Penalty, penalty_of
+from fallow.core.budgeting import Budget, budget_of
 from fallow.core.delta import Delta, method_of
 from fallow.core.errors import ConfigError, nearest
 from fallow.core.host.holder import (
@@ -24,6 +25,8 @@ from fallow.core.host.holder import (
 from fallow.core.host.layer import BASE, Adapters, sites, weight_at
 from fallow.core.host.placing import install, restore
 from fallow.core.host.targets import Targets, choose, in_blocks, spots, with_patterns
+from fallow.core.objective import Told
+from fallow.core.starting import Start, start_of
 
 
 def attach(
@@ -35,6 +38,9 @@ def attach(
     exclude: Targets | None = None,
     patterns: Mapping[str, Mapping[str, Any]] | None = None,
     fused: Mapping[str, int | list[int]] | None = None,
+    start: Start | str | None = None,
+    budget: Budget | str | None = None,
+    objective: Told | None = None,
     seed: int = 0,
     own_loss: Penalty = "step",
     expect_gradients: bool = True,
@@ -49,6 +55,9 @@ def attach(
     `exclude`: of these, in the same way. `patterns`: {regular expression: {option: value}}, for layers that differ.
     `fused`: {regular expression: number of equal row blocks, or their sizes}, for weights that hold several
     projections: each gets a Delta of its own, as each matrix of a stack of experts does by itself.
+    `start`: what the factors are at first, see `fallow.core.starting`; None for the method's own. `budget`: which layer
+    gets how much of the rank, and when, see `fallow.core.budgeting`. `objective`: a penalty of the weights that
+    training adds, see `fallow.core.objective`. All three are objects, or names where no data is needed.
     `seed`: of frozen random tensors; trained ones start from torch's global generator. `own_loss`: see
     `fallow.core.accompany`. `expect_gradients`: whether the first optimizer step refuses adapted weights that have no
     gradient; see `fallow.core.gradients`.
@@ -57,11 +66,13 @@ def attach(
     ConfigError, ModelError for what cannot be; the model is then as it was.
     """
     kind = method_of(method)
-    spec = spec_of(kind, options, seed, own_loss)
+    first, shares, term = start_of(start), budget_of(budget), penalty_of(objective)
+    spec = spec_of(kind, options, seed, own_loss, {"start": first, "budget": shares, "objective": term})
     every = spots(model)
     planned = with_patterns(choose(model, every, kind, targets, exclude), options, patterns)
     blocks = in_blocks([spot for spot, _ in planned], fused)
-    install(model, prepare(model, kind, planned, every, name, spec, blocks=blocks), every, expect_gradients)
+    made = prepare(model, kind, planned, every, name, spec, True, blocks, first, shares)
+    install(model, made, every, expect_gradients, shares, term)
     finish(model, name)
     return model
 

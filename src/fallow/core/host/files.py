@@ -57,7 +57,7 @@ def save(model: nn.Module, path: str | Path, name: str = "default") -> Path:
     tensors = {spot.state_key(key): whole(value) for spot, delta in deltas for key, value in delta.state_dict().items()}
     tensors |= {f"{SHARED}.{key}": whole(value) for key, value in shared[name].state_dict().items()}
     refuse_not_finite(path, tensors)
-    told = {"method": spec.method, "options": spec.options, "seed": spec.seed, "weights": described}
+    told = {"method": spec.method, "options": spec.options, "seed": spec.seed, "weights": described, **spec.begun}
     try:
         header = {"format": FORMAT, "version": str(VERSION), "fallow": json.dumps(told, allow_nan=False)}
     except (TypeError, ValueError) as error:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from fallow.core.accompany import Penalty, context_of
+from fallow.core.budgeting import Budget, shared_out
 from fallow.core.delta import Delta, MethodOptions, Site, make_options
 from fallow.core.distributed import refuse_wrapped
 from fallow.core.errors import ConfigError, ModelError, nearest
@@ -18,6 +19,7 @@ from fallow.core.host.layer import Adapters
 from fallow.core.host.targets import Spot, check_weight
 from fallow.core.host.tied import Tied
 from fallow.core.sharded import is_dtensor
+from fallow.core.starting import Start, begin, said_of
 
 SHARED = "adapters_shared"  # at the root of the model: a sharded one gathers it before the layers run
 
@@ -33,6 +35,7 @@ class Spec:
     options: dict[str, Any]
     seed: int
     own_loss: Penalty
+    begun: dict[str, Any] = field(default_factory=dict)  # what files say of start, budget and objective
 
 
 class Shared(nn.ModuleDict):
@@ -101,6 +104,8 @@ def prepare(
     spec: Spec,
     fresh: bool = True,
     blocks: Mapping[int, Blocks] | None = None,
+    start: Start | None = None,
+    budget: Budget | None = None,
 ) -> Prepared:
     """Make the Deltas of an adapter; nothing in the model changes, whatever is wrong. `blocks`: by id of the weight."""
     check_name(model, name)
@@ -110,15 +115,25 @@ def prepare(
     for spot, _ in plan:
         check_weight(spot)
     deltas: list[tuple[Spot, Delta]] = []
-    for spot, options in _once(model, method, plan, every):
+    for spot, options in _ranked(_once(model, method, plan, every), budget):
         held = spot.layer._modules.get(spot.attribute)
         view = held.view if isinstance(held, Adapters) else spot.view()
         site = Site(spot.key, view, spot.read, common, context, spec.seed, fresh)
         rows, apart = (blocks or {}).get(id(spot.parameter()), (None, {}))
         delta = delta_at(site, method, options, rows, {i: make_options(method, own) for i, own in apart.items()})
+        begin(delta, start, site)
         deltas.append((spot, delta.to(site.device).train(spot.layer.training)))
     common.to(deltas[0][0].weight().device)
     return Prepared(method, name, common, deltas, spec)
+
+
+def _ranked(plan: Sequence[tuple[Spot, MethodOptions]], budget: Budget | None) -> Sequence[tuple[Spot, MethodOptions]]:
+    """Each spot with its options at the rank that the budget gives it, without those that get none."""
+    if budget is None:
+        return plan
+    shapes = {spot.key: spot.view().shape for spot, _ in plan}
+    shared = shared_out(budget, {spot.key: options for spot, options in plan}, shapes)
+    return [(spot, shared[spot.key]) for spot, _ in plan if spot.key in shared]
 
 
 def check_name(model: nn.Module, name: str) -> None:
@@ -175,6 +190,13 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
         raise ModelError(f"{what} needs whole weights, and this model is sharded; do it before fully_shard")
 
 
-def spec_of(method: type[Delta], options: Mapping[str, Any], seed: int, own_loss: Penalty) -> Spec:
+def spec_of(
+    method: type[Delta],
+    options: Mapping[str, Any],
+    seed: int,
+    own_loss: Penalty,
+    begun: Mapping[str, Any] | None = None,
+) -> Spec:
     """ConfigError for options that the method does not know, and values that it cannot take."""
-    return Spec(method.name, dataclasses.asdict(make_options(method, options)), seed, own_loss)
+    said = {name: said_of(value) for name, value in (begun or {}).items() if value is not None}
+    return Spec(method.name, dataclasses.asdict(make_options(method, options)), seed, own_loss, said)

@@ -8,6 +8,7 @@ from typing import Any, cast
 from torch import nn
 
 from fallow.core.accompany import accompany
+from fallow.core.budgeting import Budget
 from fallow.core.delta import Delta
 from fallow.core.foreign_codes import is_coded
 from fallow.core.gradients import watch
@@ -15,9 +16,18 @@ from fallow.core.host.holder import Prepared, Shared, root_of
 from fallow.core.host.layer import Adapted, AdaptedReader, Adapters, adapted
 from fallow.core.host.targets import Spot
 from fallow.core.host.tied import Tied
+from fallow.core.objective import Objective
+from fallow.core.schedule import carry
 
 
-def install(model: nn.Module, made: Prepared, every: Sequence[Spot], expect_gradients: bool = True) -> list[Delta]:
+def install(
+    model: nn.Module,
+    made: Prepared,
+    every: Sequence[Spot],
+    expect_gradients: bool = True,
+    budget: Budget | None = None,
+    objective: Objective | None = None,
+) -> list[Delta]:
     """Put a prepared adapter into the model, inactive."""
     found = root_of(model)
     if found is None:
@@ -38,7 +48,9 @@ def install(model: nn.Module, made: Prepared, every: Sequence[Spot], expect_grad
     shared.show(model)
     deltas = [delta for _, delta in made.deltas]
     by_key = {spot.key: delta for spot, delta in made.deltas}
-    accompany(by_key, made.spec.own_loss)
+    accompany(by_key, made.spec.own_loss, objective)
+    if budget is not None and (changing := budget.follow(by_key)) is not None:
+        carry(deltas[0], changing)
     watch(by_key, expect_gradients)
     return deltas
 

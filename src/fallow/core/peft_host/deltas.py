@@ -18,7 +18,8 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from fallow.core.accompany import Penalty, accompany
+from fallow.core.accompany import Penalty, accompany, penalty_of
+from fallow.core.budgeting import budget_of, shared_out
 from fallow.core.delta import REGISTRY, Delta, MethodOptions, Site, make_options, one_of, refuse_not_finite
 from fallow.core.errors import AdapterError, ConfigError, nearest
 from fallow.core.files import fingerprint, matches
@@ -26,10 +27,13 @@ from fallow.core.fused import delta_at, single
 from fallow.core.layouts import layout
 from fallow.core.peft_host import contract
 from fallow.core.peft_host.contract import METHODS, FallowConfig
+from fallow.core.schedule import carry
+from fallow.core.starting import begin, said_of, start_of
 from fallow.core.stored_weight import StoredWeight
 from fallow.core.views import view_of
 from fallow.core.weakly import Weakly
 
+BEGUN = ("start", "budget", "objective")  # fields that may hold objects
 SAMPLED = 256  # entries of each weight that a base is known by
 
 
@@ -42,6 +46,9 @@ class DeltaConfig(FallowConfig):
     projections, each of which gets a Delta of its own. `target_parameters`: weights of two or more dimensions that
     their module reads itself, such as stacks of experts. `init_weights=False`: start from a random change. `own_loss`:
     whether the method's term of the objective is added before each optimizer step, or by the user ("manual").
+    `start`, `budget`, `objective`: what the factors are at first, which layer gets how much rank, a penalty of the
+    weights; objects, or names where no data is needed: see `fallow.core.starting`, `budgeting` and `objective`. Files
+    hold their names and plain options; when one is loaded, start and budget have done their work.
     """
 
     patterns: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -52,6 +59,9 @@ class DeltaConfig(FallowConfig):
     trainable_token_indices: Any = None
     init_weights: bool = True
     own_loss: Penalty = "step"
+    start: Any = None
+    budget: Any = None
+    objective: Any = None
     in_place: ClassVar[bool] = False
     delta: ClassVar[type[Delta]]
 
@@ -60,6 +70,10 @@ class DeltaConfig(FallowConfig):
             self.target_modules = []
         super().__post_init__()
         one_of("own_loss", self.own_loss, ("step", "manual"))
+        if self.made is None:
+            start_of(self.start)
+            budget_of(self.budget)
+            penalty_of(self.objective)
         for name, patterns in self._by_module():
             for pattern in patterns:
                 try:
@@ -135,7 +149,8 @@ class DeltaConfig(FallowConfig):
                         changed[name] = differs
             if changed:
                 self.made["options"] = changed
-        return cast("dict[str, Any]", super().to_dict())
+        written = {**super().to_dict(), **{name: said_of(getattr(self, name)) for name in BEGUN}}
+        return cast("dict[str, Any]", written)
 
     def make(self, model: nn.Module, sites: Sequence[contract.Site]) -> dict[str, nn.Module]:
         """A Delta for each site. ConfigError for a pattern that fits none, AdapterError for another base."""
@@ -146,21 +161,33 @@ class DeltaConfig(FallowConfig):
                         f"{name}: {pattern!r} fits no adapted module; they are {', '.join(s.key for s in sites[:8])}"
                     )
         fresh = self.made is None
+        start, budget = (start_of(self.start), budget_of(self.budget)) if fresh else (None, None)
+        options = {site.key: self.options_for(site.key) for site in sites}
+        if fresh:
+            shapes = {site.key: view_of(site.layer.get_base_layer(), site.tensor).shape for site in sites}
+            options = shared_out(budget, options, shapes)
+        left_out = set((self.made or {}).get("left_out", ())) | {site.key for site in sites if site.key not in options}
+        sites = [site for site in sites if site.key not in left_out]
         self._check_base(model, sites)
-        made: dict[str, nn.Module] = {}
+        if left_out and self.made is not None:
+            self.made["left_out"] = sorted(left_out)
+        made: dict[str, Delta] = {}
         for site in sites:
             view = view_of(site.layer.get_base_layer(), site.tensor)
             place = Site(site.key, view, site.layer.read, site.common, site.context, self.seed, fresh)
             if fresh:
                 refuse_not_finite(site.key, site.weight)
             rows = next((n for pattern, n in self.fused.items() if _fits(pattern, site.key)), None)
-            delta = delta_at(place, self.delta, self.options_for(site.key), rows, self.apart(site.key))
+            delta = delta_at(place, self.delta, options[site.key], rows, self.apart(site.key))
+            begin(delta, start, place)
             if not self.init_weights:
                 delta.randomize()
-            made[site.key] = moved(delta, place.device)
+            made[site.key] = cast(Delta, moved(delta, place.device))
         self.follow(made)
-        accompany({key: delta for key, delta in made.items() if isinstance(delta, Delta)}, self.own_loss)
-        return made
+        accompany(made, self.own_loss, penalty_of(self.objective))
+        if budget is not None and (changing := budget.follow(made)) is not None:
+            carry(next(iter(made.values())), changing)
+        return dict(made)
 
     def _check_base(self, model: nn.Module, sites: Sequence[contract.Site]) -> None:
         sample = _sample(sites)

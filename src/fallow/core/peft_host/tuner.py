@@ -63,6 +63,7 @@ class FallowModel(BaseTuner):
             empty = init_empty_weights() if kwargs.get("low_cpu_mem_usage") else nullcontext()
             with empty:  # Parameters on the meta device, for a file to fill
                 deltas = cast(FallowConfig, config).make(model, sites)
+            self._unwrap(set((self._adapting.made or {}).get("left_out", ())))
             trained = adapter_name in self.active_adapters and not config.inference_mode
             for key, delta in deltas.items():
                 self._targets[key].add(adapter_name, delta, trained)
@@ -77,6 +78,18 @@ class FallowModel(BaseTuner):
             raise
         if of_a_file:
             model.__dict__[PLACE] = self._loading
+
+    def _unwrap(self, left_out: set[str]) -> None:
+        """Give the layers that a budget gives no rank their places back."""
+        idle = {id(layer) for key, layer in self._targets.items() if key in left_out and not layer.fallow_delta}
+        kept = []
+        for parent, name, child in reversed(self._loading.wrapped):
+            layer = parent._modules.get(name)
+            if isinstance(layer, FallowLayer) and id(layer.leader) in idle:
+                setattr(parent, name, child)
+            else:
+                kept.append((parent, name, child))
+        self._loading.wrapped[:] = reversed(kept)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Deltas are made in float32; `autocast_adapter_dtype=False` asks for the base's dtype instead, of what is
