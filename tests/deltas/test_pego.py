@@ -12,8 +12,8 @@ from torch import nn
 
 import fallow
 from fallow.core.errors import ConfigError
-from fallow.deltas import pego
 from fallow.deltas.pego import PEGO
+from fallow.objectives import orthogonality as terms
 
 each = pytest.mark.parametrize("kind", LAYERS)
 sides = pytest.mark.parametrize("side", ["input", "output"])
@@ -65,7 +65,7 @@ def test_values_and_gradients_equal_the_sum_of_modules_and_the_start_is_the_base
 @sides
 @each
 def test_penalties_and_their_gradients_equal_the_dense_forms(kind, side, norm, monkeypatch):
-    monkeypatch.setattr(pego, "CPU_TILE", (7, 9))  # several tiles, the last ones shorter
+    monkeypatch.setattr(terms, "CPU_TILE", (7, 9))  # several tiles, the last ones shorter
     layer = LAYERS[kind]().double()
     model = on(layer, side=side, norm=norm)
     delta = model.delta
@@ -208,7 +208,7 @@ def test_half_precision_bases_have_a_finite_penalty_equal_to_that_of_float32(dty
 
 
 def test_the_penalty_makes_no_matrix_as_large_as_the_weight(peak_bytes, monkeypatch):
-    monkeypatch.setattr(pego, "CPU_TILE", (128, 128))
+    monkeypatch.setattr(terms, "CPU_TILE", (128, 128))
     model = on(nn.Linear(512, 512, bias=False), rank=4, group=4)
     model.delta.randomize()
     whole = 512 * 512 * 4

@@ -15,7 +15,8 @@ drive it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import wraps
 from typing import Any, ClassVar, cast
 
 import torch
@@ -29,9 +30,13 @@ OBJECTIVES: dict[str, type[Objective]] = {}
 
 
 class Objective:
-    """A term of the loss. `steps`: how many optimizer steps were made; `total`: of how many, where that is known."""
+    """A term of the loss. `steps`: how many optimizer steps were made; `total`: of how many, where that is known.
+
+    `inputs`: entries of a batch that are for the objective and not for the model.
+    """
 
     name: ClassVar[str] = ""
+    inputs: tuple[str, ...] = ()
     steps = 0
     total: int | None = None
 
@@ -62,6 +67,12 @@ class Objective:
     def of_outputs(self) -> bool:
         return type(self).__call__ is not Objective.__call__
 
+    def enter(self, model: nn.Module) -> None:
+        """Before the first forward, for objectives that must see into it."""
+
+    def leave(self) -> None:
+        """Take back what `enter` did."""
+
     def resolve(self, total: int) -> None:
         """Be told how many steps the run has."""
         self.total = total
@@ -87,6 +98,9 @@ class Together(Objective):
     name: ClassVar[str] = "together"
     parts: Sequence[Objective]
 
+    def __post_init__(self) -> None:
+        self.inputs = tuple(name for part in self.parts for name in part.inputs)
+
     @property
     def of_weights(self) -> bool:
         return any(part.of_weights for part in self.parts)
@@ -98,7 +112,7 @@ class Together(Objective):
     def penalty(self, deltas: Mapping[str, Delta]) -> Tensor | None:
         """That of those parts which are of the weights alone."""
         terms = [term for part in self.parts if (term := part.penalty(deltas)) is not None]
-        return torch.stack([term.to(terms[0]) for term in terms]).sum() if terms else None
+        return total(terms) if terms else None
 
     def __call__(self, model: nn.Module, batch: Any, outputs: Any) -> Tensor:
         """That of those parts which are of the outputs, if there are such; else the penalty."""
@@ -106,7 +120,15 @@ class Together(Objective):
         if not parts:
             return super().__call__(model, batch, outputs)
         terms = [part(model, batch, outputs) for part in parts]
-        return torch.stack([term.to(terms[0]) for term in terms]).sum()
+        return total(terms)
+
+    def enter(self, model: nn.Module) -> None:
+        for part in self.parts:
+            part.enter(model)
+
+    def leave(self) -> None:
+        for part in self.parts:
+            part.leave()
 
     def resolve(self, total: int) -> None:
         for part in self.parts:
@@ -173,6 +195,28 @@ def each(deltas: Mapping[str, Delta]) -> Iterator[tuple[str, Delta]]:
     """The Deltas of single matrices: the blocks of fused weights each by itself."""
     for name, delta in deltas.items():
         yield from single(name, delta)
+
+
+def in_float32(
+    penalty: Callable[[Any, Mapping[str, Delta]], Tensor | None],
+) -> Callable[[Any, Mapping[str, Delta]], Tensor | None]:
+    """For `penalty`: autocast is off within, and without Deltas there is nothing to add."""
+
+    @wraps(penalty)
+    def run(self: Any, deltas: Mapping[str, Delta]) -> Tensor | None:
+        if not deltas:
+            return None
+        device = next((p.device.type for delta in deltas.values() for p in delta.all_parameters()), "cpu")
+        with torch.autocast(device, enabled=False):
+            return penalty(self, deltas)
+
+    return run
+
+
+def total(terms: Sequence[Tensor], reduction: str = "sum") -> Tensor:
+    """The "sum" or the "mean" of scalars, which may be on several devices."""
+    together = torch.stack([term.to(terms[0]) for term in terms])
+    return together.sum() if reduction == "sum" else together.mean()
 
 
 def factors_of(deltas: Mapping[str, Delta], objective: str) -> Iterator[tuple[str, Tensor, Tensor]]:
