@@ -67,7 +67,7 @@ class Setting:
 class Contender:
     """`method`: a Delta's name with its options, or "full" (every weight). `lr_factors`: {last part of a parameter's
     name: factor}. `lrs`: its own rates to try. `patterns`: as of `fallow.attach`. `loss(model, x, y)`: None for the
-    cross entropy.
+    cross entropy. `seen(model, digits)`: options that the pretrained network and its data decide, `start` or `budget`.
     """
 
     label: str
@@ -77,6 +77,7 @@ class Contender:
     lrs: Sequence[float] | None = None
     patterns: Mapping[str, Mapping[str, Any]] | None = None
     loss: Loss | None = None
+    seen: Callable[[nn.Module, Digits], Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,8 @@ def adapt(contender: Contender, lr: float, seed: int, setting: Setting) -> tuple
     if contender.method != "full":
         layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
         targets = layers if setting.targets == "all" else layers[:-1]
-        fallow.attach(model, contender.method, targets, seed=seed, patterns=contender.patterns, **contender.options)
+        options = {**contender.options, **(contender.seen(model, data) if contender.seen else {})}
+        fallow.attach(model, contender.method, targets, seed=seed, patterns=contender.patterns, **options)
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
     factors = contender.lr_factors
     groups = [{"params": [p], "lr": lr * factors.get(name.split(".")[-1], 1.0)} for name, p in params.items()]
