@@ -75,10 +75,17 @@ if TYPE_CHECKING:
     from fallow.selection.sara import SaRA
     from fallow.selection.selective import Selective
     from fallow.selection.shira import SHiRA
+    from fallow.starts.fila import FILA
+    from fallow.starts.lora_ga import LoRAGA
+    from fallow.starts.lora_sb import LoRASB, first_lr
+    from fallow.starts.milora import MiLoRA
+    from fallow.starts.olora import OLoRA
+    from fallow.starts.pissa import PiSSA
 
 __version__ = "0.1.0"
 __all__ = [
     "APOLLO",
+    "FILA",
     "FRUGAL",
     "GGPO",
     "LISA",
@@ -98,11 +105,16 @@ __all__ = [
     "GaLore",
     "GradNormLoRP",
     "Largest",
+    "LoRAGA",
     "LoRAPlus",
     "LoRAPro",
+    "LoRASB",
     "LowRank",
     "MethodOptions",
+    "MiLoRA",
     "ModelError",
+    "OLoRA",
+    "PiSSA",
     "QGaLore",
     "Random",
     "Riemannian",
@@ -122,6 +134,7 @@ __all__ = [
     "config_of",
     "detach",
     "disabled",
+    "first_lr",
     "from_peft",
     "from_sparse",
     "hotswap",
@@ -141,6 +154,13 @@ __all__ = [
 ]
 
 _HOME = {
+    "FILA": "fallow.starts.fila",
+    "LoRAGA": "fallow.starts.lora_ga",
+    "LoRASB": "fallow.starts.lora_sb",
+    "MiLoRA": "fallow.starts.milora",
+    "OLoRA": "fallow.starts.olora",
+    "PiSSA": "fallow.starts.pissa",
+    "first_lr": "fallow.starts.lora_sb",
     "ALLoRA": "fallow.optim.allora",
     "APOLLO": "fallow.optim.apollo",
     "APOLLOMini": "fallow.optim.apollo",

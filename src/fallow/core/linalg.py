@@ -152,16 +152,17 @@ def low_rank(
     steps: int = POWER_STEPS,
     start: Tensor | None = None,
     generator: torch.Generator | None = None,
+    exact: bool = False,
 ) -> Triples:
     """The leading singular triples U (m, r), S (r,), Vᵀ (r, n) of a matrix (m, n) of float32 or float64.
 
-    By decomposition where a side is at most EXACT_BELOW or `rank` is above a quarter of it, which is exact; else by the
+    By decomposition where a side is at most EXACT_BELOW, `rank` is above a quarter of it, or `exact`; else by the
     range finder with `steps` power iterations, of which each divides what the tail adds to the error by
     (sigma_r / sigma_{r + oversampling})². `start` (n, k): the right singular vectors of a matrix nearby, which save
     iterations; else Gaussian from `generator`. At most min(m, n) triples come back.
     """
     rank = min(rank, *matrix.shape)
-    if min(matrix.shape) <= EXACT_BELOW or 4 * rank > min(matrix.shape):
+    if exact or min(matrix.shape) <= EXACT_BELOW or 4 * rank > min(matrix.shape):
         u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
         return u[:, :rank], s[:rank], vt[:rank]
     width = min(rank + oversampling, *matrix.shape)

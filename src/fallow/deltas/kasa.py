@@ -34,6 +34,7 @@ from fallow.core.factor_pair import FactorPair, PairOptions
 from fallow.core.factored import through
 from fallow.core.low_rank_linear import low_rank_linear
 from fallow.core.starting import Pair
+from fallow.objectives.orthonormal import off_orthonormal
 
 
 class KaSA(FactorPair):
@@ -149,16 +150,15 @@ class KaSA(FactorPair):
 
     def off_orthonormal(self, rows: Tensor) -> Tensor:
         """|R Rᵀ - I|_F of R (r, n), or |Rᵀ R - I|_F; its gradient is 0 where the rows are orthonormal."""
-        gap = torch.linalg.vector_norm(rows @ rows.T - torch.eye(rows.shape[0], dtype=rows.dtype, device=rows.device))
-        return gap if self.o.gram == "small" else (gap.square() + rows.shape[1] - rows.shape[0]).sqrt()
+        return off_orthonormal(rows, self.o.gram)
 
     @classmethod
     def parameter_count(cls, shape: tuple[int, int], options: Any) -> int:
         return int(options.rank) * (shape[0] + shape[1] + 1)
 
     def importance(self) -> Tensor:
-        """The norm of each rank's part of the update: eta |d_j| |B_j| |A_j|."""
-        return (self.eta * self.d.abs() * self.B.norm(dim=0) * self.A.norm(dim=1)).detach()
+        """The norm of each rank's part of the update: eta |d_j| |B_j| |A_j|, or what it has changed since its start."""
+        return self.eta * self.learned(self.B * self.d)
 
     @torch.no_grad()
     def resize(self, rank: int) -> None:
@@ -172,4 +172,4 @@ class KaSA(FactorPair):
         self.d = nn.Parameter(torch.cat([old[keep] * (before / eta), d]), old.requires_grad)
         if self.o.offset:
             self.start_B.mul_(before / eta)
-        self.resize_pair(keep, a, b, cut=False)
+        self.resize_pair(keep, a, b)
