@@ -207,3 +207,44 @@ def test_two_adapters_of_two_starts_disable_and_stack_on_one_base():
     assert float((model(x) - want).detach().abs().max()) > 1e-3
     with fallow.disabled(model):
         assert torch.equal(model(x), want)
+
+
+@pytest.mark.parametrize("host", ["own", "peft"])
+@pytest.mark.parametrize(("method", "scaling"), [("lora", "standard"), ("lora", "rslora"), ("dora", "standard")])
+def test_pefts_own_file_of_it_has_twice_the_rank_and_the_same_scale(host, method, scaling, tmp_path):
+    model, base, x = begun(host, method, "pissa", scaling=scaling)
+    train(model, x)
+    trained = model.eval()(x).detach()
+    fallow.to_peft(model, tmp_path / "theirs")
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs").eval()
+    torch.testing.assert_close(theirs(x), trained, atol=1e-5, rtol=1e-5)
+    layer = theirs.base_model.model.up
+    assert layer.r["default"] == 8
+    assert layer.scaling["default"] == pytest.approx(deltas(model)[0].scaling)
+
+
+@pytest.mark.parametrize("rule", ["LoRAPlus", "LoRAPro", "Riemannian"])
+@pytest.mark.parametrize("start", ["pissa", "lora-ga"])
+def test_rules_of_update_train_a_started_adapter(rule, start):
+    model, base, x = begun("own", "lora", start)
+    frozen = {name: t.clone() for name, t in model.state_dict().items() if "start_" in name or name.endswith(".weight")}
+    target = torch.arange(len(x)) % 12
+    optimizer, losses = getattr(fallow, rule)(model, lr=1e-2), []
+    for _ in range(8):
+        loss = torch.nn.functional.cross_entropy(model(x), target)
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[0] == pytest.approx(float(torch.nn.functional.cross_entropy(base(x), target)), rel=1e-5)
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in frozen.items())
+
+
+@pytest.mark.parametrize(("rule", "scale"), [("ALLoRA", 4.0), ("GGPO", 8.0)])
+def test_rules_that_look_at_the_rows_of_the_product_refuse_what_is_subtracted(rule, scale):
+    model, _, _ = begun("own", "lora", "pissa", alpha=scale)
+    with pytest.raises(ConfigError, match=f"{rule} looks at the rows of B A, and '(conv|up|head)' changes by"):
+        getattr(fallow, rule)(model)
+    plain, _, _ = begun("own", "lora", "gaussian", alpha=scale)
+    assert len(getattr(fallow, rule)(plain).pairs) == 3

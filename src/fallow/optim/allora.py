@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fallow.core.delta import number, one_of
 from fallow.core.errors import ConfigError
-from fallow.optim.pairs import Pair, Stack, find_pairs, stacked
+from fallow.optim.pairs import Pair, Stack, find_pairs, refuse_started, stacked
 from fallow.optim.row_scaling import Gain, row_gains, scale_backward
 
 Where = Literal["grad", "update"]
@@ -42,7 +42,8 @@ class ALLoRA:
     without one `bind(optimizer)` starts, which `fallow.Callback(allora)` calls for a Trainer. Other modules that share
     an adapted weight under another shape, such as an output layer tied to an embedding, add their gradients unscaled.
 
-    ConfigError where there is no LoRA, or one has another scale than 1 (give alpha = rank), or an impossible value.
+    ConfigError where there is no LoRA, or one has a start that is subtracted, or another scale than 1 (give alpha =
+    rank), or an impossible value.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class ALLoRA:
         one_of("where", where, get_args(Where))
         one_of("by", by, get_args(By) if where == "grad" else ("rows",))
         self.pairs = find_pairs(model, "ALLoRA")
+        refuse_started(self.pairs, "ALLoRA")
         for pair in self.pairs:
             _check(pair, by)
         self.eta, self.where, self.by = float(eta), where, by

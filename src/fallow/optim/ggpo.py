@@ -30,7 +30,7 @@ from fallow.core.errors import ConfigError
 from fallow.optim.allora import check_holds, innermost
 from fallow.optim.momentum import Ahead, momentum_of, no_momentum
 from fallow.optim.observing import Observed, when_gradients_are_there
-from fallow.optim.pairs import find_pairs, row_norms_squared
+from fallow.optim.pairs import find_pairs, refuse_started, row_norms_squared
 from fallow.optim.perturbed import Displaced, Layer, layers_of
 from fallow.optim.row_noise import Combine, Ramp, RowNoise
 
@@ -50,7 +50,7 @@ class GGPO:
     `bind(optimizer)` starts, which `fallow.Callback(ggpo)` calls for a Trainer. In several processes each perturbs by
     its own noise or norms, which are then those after clipping.
 
-    ConfigError where there is no LoRA, or a value cannot be.
+    ConfigError where there is no LoRA, or one has a start that is subtracted (ggpo), or a value cannot be.
     """
 
     def __init__(
@@ -82,6 +82,8 @@ class GGPO:
         self.noise = RowNoise(sigma, beta, ramp, total_steps, combine, seed)
         self.ahead = Ahead(rho, sign, beta, cap)
         self.pairs = find_pairs(model, "GGPO")
+        if mode == "ggpo":
+            refuse_started(self.pairs, "GGPO")
         self.inside = mode == "mgpo" and space == "param"
         self.layers = layers_of(self.pairs, self._noise if mode == "ggpo" else self._along, readers=self.inside)
         self.optimizer: torch.optim.Optimizer | None = None

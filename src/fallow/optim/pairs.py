@@ -68,6 +68,16 @@ def find_pairs(model: nn.Module, rule: str) -> list[Pair]:
     return pairs
 
 
+def refuse_started(pairs: Iterable[Pair], rule: str) -> None:
+    """ConfigError where a pair began with something that is subtracted again: B A is then not what W changes by."""
+    for pair in pairs:
+        if any(getattr(getattr(part, "o", None), "offset", 0) for part in pair.parts):
+            raise ConfigError(
+                f"{rule} looks at the rows of B A, and '{pair.name}' changes by B A - B0 A0, having a start; leave "
+                "start= out, or take 'gaussian' or 'orthogonal'"
+            )
+
+
 def _is_pair(delta: Any) -> bool:
     plain = REGISTRY.get("lora")  # filled when the parameterizations are imported, and so before any of them exists
     return (

@@ -70,8 +70,10 @@ def _lora(held: HeldAdapter) -> Written:
         given = float(rank if delta.o.alpha is None else delta.o.alpha)
         # where some are scaled by alpha / sqrt(r) and some are not, alpha takes up the difference
         alpha = given if rs or delta.o.scaling == "standard" else given * math.sqrt(rank)
-        layers[one.key] = rank, alpha
-        tensors |= lora_tensors(one, delta.A, delta.B)
+        b, a = delta.with_start(delta.B, delta.A)  # what a start took out of W is ranks more at the same scale
+        more = a.shape[0] / rank
+        layers[one.key] = a.shape[0], alpha * (math.sqrt(more) if rs else more)
+        tensors |= lora_tensors(one, a, b)
         if isinstance(delta, DoRA):
             shape = (1, -1, *[1] * len(one.view.kernel[1:])) if isinstance(one.view, ConvView) else (-1,)
             tensors[f"{PREFIX}{one.key}.lora_magnitude_vector"] = delta.magnitude.reshape(shape)
