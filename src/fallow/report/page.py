@@ -63,6 +63,11 @@ def percent(share: float | None) -> str:
     return f"{value:.0f}%" if value >= 99.5 or value == 0 else f"{value:.3g}%"
 
 
+def share(value: float | None) -> str:
+    """A share as per cent to one decimal, without the sign: `94.3`."""
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
 def figure(value: float | None, digits: int = 3) -> str:
     """A measured figure to `digits` decimals, fewer where it is large; a dash for None."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -127,7 +132,7 @@ def render(template: str, target: Path, **context: Any) -> Path:
     )  # fmt: skip
     environment.filters |= {
         "count": count, "data_size": data_size, "duration": duration, "percent": percent, "figure": figure,
-        "rate": rate, "pairs": pairs,
+        "rate": rate, "pairs": pairs, "share": share,
     }  # fmt: skip
     text = environment.get_template(template).render(**context)
     with atomic_write(target) as partial:
