@@ -42,12 +42,21 @@ if TYPE_CHECKING:
         set_scale,
         unmerge,
     )
+    from fallow.core.objective import Objective
     from fallow.core.peft_host import config_of
     from fallow.core.peft_host.hotswap import hotswap
     from fallow.core.schedule import step
     from fallow.core.sparse import Adapters, SparseDelta
     from fallow.core.trainer import Callback
     from fallow.deltas import attach, load
+    from fallow.objectives.adding import add_objective
+    from fallow.objectives.ba_lora import BALoRA
+    from fallow.objectives.distillation import FeatureDistillation
+    from fallow.objectives.low_rank import LowRankChange
+    from fallow.objectives.orthogonality import Orthogonality
+    from fallow.objectives.orthonormal import Orthonormal
+    from fallow.objectives.perturbation import WeightPerturbation
+    from fallow.objectives.unlearning import GradientAscent, InvertedHinge
     from fallow.optim.allora import ALLoRA
     from fallow.optim.apollo import APOLLO, APOLLOMini
     from fallow.optim.dct_adamw import DCTAdamW
@@ -94,6 +103,7 @@ __all__ = [
     "APOLLOMini",
     "AdapterError",
     "Adapters",
+    "BALoRA",
     "Callback",
     "Card",
     "ConfigError",
@@ -101,19 +111,26 @@ __all__ = [
     "DataError",
     "Delta",
     "FallowError",
+    "FeatureDistillation",
     "Fira",
     "GaLore",
     "GradNormLoRP",
+    "GradientAscent",
+    "InvertedHinge",
     "Largest",
     "LoRAGA",
     "LoRAPlus",
     "LoRAPro",
     "LoRASB",
     "LowRank",
+    "LowRankChange",
     "MethodOptions",
     "MiLoRA",
     "ModelError",
     "OLoRA",
+    "Objective",
+    "Orthogonality",
+    "Orthonormal",
     "PiSSA",
     "QGaLore",
     "Random",
@@ -127,7 +144,9 @@ __all__ = [
     "SparseDelta",
     "TrainingError",
     "Trion",
+    "WeightPerturbation",
     "activate",
+    "add_objective",
     "attach",
     "check_gradients",
     "condition",
@@ -154,38 +173,45 @@ __all__ = [
 ]
 
 _HOME = {
-    "FILA": "fallow.starts.fila",
-    "LoRAGA": "fallow.starts.lora_ga",
-    "LoRASB": "fallow.starts.lora_sb",
-    "MiLoRA": "fallow.starts.milora",
-    "OLoRA": "fallow.starts.olora",
-    "PiSSA": "fallow.starts.pissa",
-    "first_lr": "fallow.starts.lora_sb",
     "ALLoRA": "fallow.optim.allora",
     "APOLLO": "fallow.optim.apollo",
     "APOLLOMini": "fallow.optim.apollo",
     "AdapterError": "fallow.core.errors",
     "Adapters": "fallow.core.sparse",
+    "BALoRA": "fallow.objectives.ba_lora",
     "Callback": "fallow.core.trainer",
     "Card": "fallow.catalogue",
     "ConfigError": "fallow.core.errors",
     "DCTAdamW": "fallow.optim.dct_adamw",
     "DataError": "fallow.core.errors",
     "Delta": "fallow.core.delta",
+    "FILA": "fallow.starts.fila",
     "FRUGAL": "fallow.optim.frugal",
     "FallowError": "fallow.core.errors",
+    "FeatureDistillation": "fallow.objectives.distillation",
     "Fira": "fallow.optim.fira",
     "GGPO": "fallow.optim.ggpo",
     "GaLore": "fallow.optim.galore",
     "GradNormLoRP": "fallow.optim.gradnormlorp",
+    "GradientAscent": "fallow.objectives.unlearning",
+    "InvertedHinge": "fallow.objectives.unlearning",
     "LISA": "fallow.optim.lisa",
     "LTSFT": "fallow.selection.lt_sft",
     "Largest": "fallow.selection.largest",
+    "LoRAGA": "fallow.starts.lora_ga",
     "LoRAPlus": "fallow.optim.lora_plus",
     "LoRAPro": "fallow.optim.lora_pro",
+    "LoRASB": "fallow.starts.lora_sb",
     "LowRank": "fallow.optim.lowrank",
+    "LowRankChange": "fallow.objectives.low_rank",
     "MethodOptions": "fallow.core.delta",
+    "MiLoRA": "fallow.starts.milora",
     "ModelError": "fallow.core.errors",
+    "OLoRA": "fallow.starts.olora",
+    "Objective": "fallow.core.objective",
+    "Orthogonality": "fallow.objectives.orthogonality",
+    "Orthonormal": "fallow.objectives.orthonormal",
+    "PiSSA": "fallow.starts.pissa",
     "QGaLore": "fallow.optim.q_galore",
     "Random": "fallow.selection.random",
     "Riemannian": "fallow.optim.riemannian",
@@ -198,13 +224,16 @@ _HOME = {
     "SparseDelta": "fallow.core.sparse",
     "TrainingError": "fallow.core.errors",
     "Trion": "fallow.optim.trion",
+    "WeightPerturbation": "fallow.objectives.perturbation",
     "activate": "fallow.core.host",
+    "add_objective": "fallow.objectives.adding",
     "attach": "fallow.deltas",
     "check_gradients": "fallow.core.gradients",
     "condition": "fallow.core.accompany",
     "config_of": "fallow.core.peft_host",
     "detach": "fallow.core.host",
     "disabled": "fallow.core.host",
+    "first_lr": "fallow.starts.lora_sb",
     "from_peft": "fallow.recipes.formats.from_peft",
     "from_sparse": "fallow.selection.peft_sparse",
     "hotswap": "fallow.core.peft_host.hotswap",
