@@ -66,20 +66,20 @@ class FILA(Start):
                 f"nothing of '{site.name}' matters for what is to be forgotten, so it starts as LoRA does", stacklevel=2
             )
             return plain(site, rank)
-        weight, taken = site.weight(), self.taken(d)
-        weighted = d.to(weight).unsqueeze(1) * weight
+        weighted = site.weight()
+        weighted.mul_(d.to(weighted).unsqueeze(1))
         _, s, vt = low_rank(weighted, rank, steps=4, generator=site.generator(self.name), exact=self.exact)
-        rows = taken.to(weight).unsqueeze(1) * (weight @ vt.T) / s.clamp_min(torch.finfo(s.dtype).tiny)
+        del weighted
+        reached = self.taken(d).to(vt).unsqueeze(1) * (site.weight() @ vt.T)
+        rows = reached / s.clamp_min(torch.finfo(s.dtype).tiny)
         return balanced(site, (rows, s, vt), scale)
 
     def importance(self, site: Site) -> Tensor:
-        """d (out,), float64, on the layer's device."""
-        forget, retain = (
-            cast(Tensor, found.at(site, "fisher").fisher).double() for found in (self.forget, self.retain)
-        )
-        epsilon = self.absolute if self.official else (self.epsilon or 0.1) * retain.mean()
+        """d (out,), float64, on the CPU."""
+        forget, retain = (cast(Tensor, found.at(site, "fisher").fisher) for found in (self.forget, self.retain))
+        epsilon = self.absolute if self.official else (self.epsilon or 0.1) * float(retain.mean(dtype=torch.float64))
         ratio = forget / (retain + epsilon) if epsilon else forget  # data to be kept that does not reach this layer
-        d = ratio.sum(1).sqrt().to(site.device)
+        d = ratio.sum(1, dtype=torch.float64).sqrt()
         return d if self.official else d / d.square().mean().sqrt().clamp_min(torch.finfo(d.dtype).tiny)
 
     def taken(self, d: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from fallow.core.starting import Pair, Start
 from fallow.core.statistics import Statistics
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
+TINY = 1e-15  # the largest entry of a gradient whose squares get lost in float32
 SCALES = ("stable", "unit", "gd", "weightS")
 
 
@@ -88,7 +89,8 @@ class LoRAGA(Start):
         else:
             assert found.gradient is not None
             g = found.gradient.to(site.device, site.dtype)
-            g = g / g.abs().max().clamp_min(torch.finfo(g.dtype).tiny)
+            if (peak := float(torch.linalg.vector_norm(g, float("inf")))) < TINY:
+                g = g / (peak or 1.0)
             generator = site.generator(self.name)
             u, s, vt = low_rank(g, count, oversampling=count, steps=4, generator=generator, exact=self.exact)
         rank = int((s > s[0] * math.sqrt(max(site.shape)) * torch.finfo(torch.float32).eps).sum())

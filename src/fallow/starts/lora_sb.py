@@ -66,7 +66,7 @@ class LoRASB(Start):
             warnings.warn(f"the gradient of '{site.name}' is zero, so it starts as LoRA-XS does", stacklevel=2)
             u, s, vt = self.triples(site.weight(), rank, site)
             return Pair(u, s.unsqueeze(1) * vt, torch.zeros(rank, rank, dtype=u.dtype), kept=True)
-        step = gradient.sign() if self.surrogate == "adam" else gradient
+        step = gradient.sign_() if self.surrogate == "adam" else gradient
         u, s, vt = self.triples(step.mul_(-self.lr), rank, site)
         core = torch.diag(s / scale) if self.head_start else torch.zeros(rank, rank, dtype=u.dtype)
         return Pair(u, vt, core, kept=True)
