@@ -1,103 +1,133 @@
-"""One pass over some batches that gathers what a choice needs to know beforehand: here, dense gradients on the CPU."""
+"""`fallow.probe`: one pass over some batches that gathers what starts, budgets and objectives need to know beforehand.
+
+    stats = fallow.probe(model, batches, want={"gradient", "input_covariance"})
+    fallow.attach(model, "lora", rank=8, start=fallow.LoRAGA(stats))
+
+    gradient           mean of dL/dW over the batches                           LoRA-GA, LoRA-SB
+    input_covariance   C = 1/K sum Xᵀ X of a layer's inputs                     CorDA
+    activation         principal components of a layer's inputs                 EVA
+    fisher             mean of squared gradients                                LoKU (FILA)
+    contribution       integrated gradients between two states of a model       CoLoRA
+    spectrum           singular values of the weights                           LaMDA++
+
+Hooks take what they need layer by layer and are gone afterwards, also after an error; the model is as it was.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fallow.core.distributed import mean, ranks
-from fallow.core.errors import ConfigError, DataError, nearest
-from fallow.core.select import Target
-from fallow.core.sharded import is_dtensor, local
+from fallow.core.distributed import rank
+from fallow.core.errors import ModelError
+from fallow.core.host.targets import Targets
+from fallow.core.probing.batches import Loss, default_loss
+from fallow.core.probing.contribution import check_tuned
+from fallow.core.probing.files import cached, key_of, result_at, state_at
+from fallow.core.probing.layers import Layer, layers_of
+from fallow.core.probing.memory import Bytes, bytes_of, refuse_above
+from fallow.core.probing.of_targets import Aggregate, gradients
+from fallow.core.probing.options import Options, check, options_of, wanted
+from fallow.core.probing.ranks import all_agree, gathered
+from fallow.core.probing.results import results
+from fallow.core.probing.run import Keeping, Run
+from fallow.core.probing.source import Source, digest_of
+from fallow.core.probing.watching import Watching
+from fallow.core.statistics import Statistics
 
-Loss = Callable[[nn.Module, Any], Tensor]
-Aggregate = Literal["sum", "mean_abs"]
+__all__ = ["Aggregate", "Loss", "default_loss", "gradients", "probe", "probe_bytes"]
 
 
-def default_loss(model: nn.Module, batch: Any) -> Tensor:
-    """`model(**batch).loss`, the convention of transformers."""
-    return model(**batch).loss
-
-
-def gradients(
+def probe(
     model: nn.Module,
-    targets: Sequence[Target],
-    batches: Iterable[Any],
+    batches: Any,
+    want: str | Iterable[str],
     loss: Loss | None = None,
-    aggregate: Aggregate = "sum",
-) -> dict[str, Tensor]:
-    """{name: float32 CPU tensor of the weight's shape}: |sum of the batches' gradients|, or the mean of their
-    magnitudes.
+    targets: Targets = "all-linear",
+    exclude: Targets | None = None,
+    **options: Any,
+) -> Statistics:
+    """Statistics of the layers of a model over some batches, {name of a layer: what was found}; the model is unchanged.
 
-    Layer by layer: a hook moves each gradient to the CPU as soon as it exists and drops it, so the device holds one
-    dense gradient at a time and the CPU one copy of the weights (two for "mean_abs"). The model runs in eval mode (no
-    dropout, fixed batch statistics) and is left as it was: modes, gradients and requires_grad.
+    `batches`: a list or loader of batches, an iterator, or a function that returns one. A batch is a dict, whose loss
+    is `model(**batch).loss`; a pair (inputs, class numbers), whose loss is the cross entropy of `model(inputs)`; a
+    tensor, where no loss is needed; a function of the model that returns the loss; or what `loss(model, batch)` takes,
+    which returns a scalar. Its tensors are moved to the model's device. For "spectrum" alone `batches` may be None.
+    `want`: see `fallow.core.probe`. `targets`, `exclude`: as those of `fallow.attach`. `options`: the fields of
+    `fallow.core.probing.options.Options`.
 
-    Of several processes each gives batches of its own, as many as the others, and all get the mean of what they found;
-    of a sharded weight its own part.
-
-    Raises DataError without batches or where no gradient arrives or one is not finite.
+    Layers of which something asked for was not seen are in `.missing`. Of several processes each gives batches of its
+    own, and all get what was found in all of them. ConfigError, ModelError, DataError, by name, for what cannot be; the
+    cache is written only when everything is there.
     """
-    if aggregate not in ("sum", "mean_abs"):
-        raise ConfigError(f"aggregate={aggregate!r} does not exist{nearest(str(aggregate), ('sum', 'mean_abs'))}")
-    loss = loss or default_loss
-    total: dict[str, Tensor] = {}
-    batch_sum: dict[str, Tensor] = {}
+    asked, o = wanted(want), options_of(options)
+    layers = _checked(model, asked, o, targets, exclude)
+    source = Source(() if batches is None and asked == {"spectrum"} else batches, o.max_batches)
+    if o.passes > 1:
+        source.needed_again(f"passes={o.passes}")
+    run = Run(model, layers, asked, loss, o)
+    folder = None if o.cache is None else Path(o.cache)
+    if folder is None:
+        _go(run, layers, source, None)
+        return results(run, layers, asked)
+    digests = _digests(source, o)
+    known = gathered(digests if o.data is None else o.data)
+    key = key_of(model, known, [layer.name for layer in layers], asked, loss, o)
+    found = cached(folder, key)
+    if all_agree(found is not None) and found is not None:
+        return found
+    state = state_at(folder, key)
+    _go(run, layers, source, Keeping(state, key, digests))
+    made = results(run, layers, asked, key)
+    if rank() == 0:
+        made.save(result_at(folder, key))
+    state.unlink(missing_ok=True)
+    return made
 
-    def collect(name: str) -> Callable[[Tensor], None]:
-        def hook(param: Tensor) -> None:
-            grad, param.grad = param.grad, None
-            if grad is not None:
-                grad = local(grad)
-                part = (grad.to_dense() if grad.is_sparse else grad).float().cpu()
-                batch_sum[name] = part + batch_sum[name] if name in batch_sum else part
 
-        return hook
+def probe_bytes(
+    model: nn.Module,
+    want: str | Iterable[str],
+    targets: Targets = "all-linear",
+    exclude: Targets | None = None,
+    **options: Any,
+) -> Bytes:
+    """How many bytes `probe` of the same arguments keeps at most, beside the model; nothing runs. Errors as there."""
+    asked, o = wanted(want), options_of(options)
+    check(asked, o)
+    return bytes_of(model, layers_of(model, targets, exclude), asked, o)
 
-    training = {module: module.training for module in model.modules()}
-    required = {param: (param.requires_grad, param.grad) for param in model.parameters()}
-    wanted = {id(param) for target in targets for param in target.params}
-    for param in required:
-        param.requires_grad_(id(param) in wanted)
-        param.grad = None
-    handles = [p.register_post_accumulate_grad_hook(collect(t.name)) for t in targets for p in t.params]
-    count = 0
-    try:
-        model.eval()
-        for batch in batches:
-            with torch.enable_grad():
-                loss(model, batch).backward()
-            count += 1
-            for name, part in batch_sum.items():
-                part = part.abs_() if aggregate == "mean_abs" else part
-                total[name] = total[name].add_(part) if name in total else part
-            batch_sum.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in training.items():
-            module.training = mode
-        for param, (requires_grad, grad) in required.items():
-            param.requires_grad_(requires_grad)
-            param.grad = grad
-    if not count:
-        raise DataError("batches is empty; the choice by gradients needs 8 to 64 calibration batches")
-    if not total:
-        raise DataError(
-            "no chosen weight received a gradient from the calibration batches; check include= and the loss"
-        )
-    for name, value in total.items():
-        if not bool(torch.isfinite(value).all()):
-            raise DataError(f"the calibration gradient of '{name}' is not finite; check the batches and the loss")
-    for target in targets:
-        if ranks() > 1 and target.name in total and not is_dtensor(target.weight):
-            total[target.name] = mean(total[target.name].to(target.weight.device)).cpu()
-    return {
-        target.name: (total[target.name].abs_() / (count if aggregate == "mean_abs" else 1))
-        if target.name in total
-        else torch.zeros(local(target.weight).shape)
-        for target in targets
-    }
+
+def _checked(
+    model: nn.Module, asked: frozenset[str], o: Options, targets: Targets, exclude: Targets | None
+) -> list[Layer]:
+    """The layers, after all that can be wrong beforehand."""
+    check(asked, o)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ModelError("the model is within DistributedDataParallel; give fallow.probe the module inside, `.module`")
+    layers = layers_of(model, targets, exclude)
+    if o.tuned is not None:
+        check_tuned(model, layers, o.tuned)
+    refuse_above(o.limit, bytes_of(model, layers, asked, o))
+    return layers
+
+
+def _digests(source: Source, o: Options) -> list[str] | None:
+    """Of all batches, which are read through once; None where the user names them."""
+    if o.data is not None:
+        return None
+    source.needed_again("cache=, which knows batches by their values,")
+    return [digest_of(batch) for batch in source]
+
+
+def _go(run: Run, layers: list[Layer], source: Source, keeping: Keeping | None) -> None:
+    if run.want == {"spectrum"}:
+        return
+    needed = bytes_of(run.model, layers, run.want, run.options)
+    watching = Watching(str(needed), source.length, run.options.passes) if run.options.progress else nullcontext()
+    with watching as bar:
+        run(source, keeping, bar.step if bar is not None else lambda turn, done: None)

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -107,8 +107,10 @@ class LayerStatistics:
     sketch was asked for. `covariance` (in, in): 1/K sum of Xᵀ X over K batches, X normalised. `activation`: principal
     components of the inputs. `fisher` (out, in): mean of squared gradients, weighted by label tokens. `contribution`:
     the mean of |integrated gradients| over the weights (FAIG); `contribution_rows` (out,): of each row. `spectrum`
-    (min(out, in),): singular values of W. `tokens`: rows of input; `calls`: how often the layer ran. `input_of`: the
-    layer whose input this one shares, itself where it has its own.
+    (min(out, in),): singular values of W; of a stack of E matrices (E, min(out / E, in)). `tokens`: rows of input;
+    `calls`: how often the layer ran. `input_of`: the layer whose input this one shares, itself where it has its own.
+    `shows_input`: False where no hook can see its inputs as rows: of embeddings, and of weights that their module reads
+    itself.
     """
 
     shape: tuple[int, int]
@@ -123,6 +125,7 @@ class LayerStatistics:
     contribution_rows: Tensor | None = None
     spectrum: Tensor | None = None
     input_of: str = ""
+    shows_input: bool = True
 
     def leading_gradient(self, rank: int, generator: torch.Generator | None = None) -> Triples:
         """U (out, r), S (r,), Vᵀ (r, in): the leading singular triples of the gradient, or of what its sketch tells.
@@ -136,7 +139,9 @@ class LayerStatistics:
         return self.gradient_sketch.leading(rank)
 
     def cut(self, rows: slice) -> LayerStatistics:
-        """Of these rows of the weight alone. What tells nothing of them, the spectrum and a sketch, is left out."""
+        """Of these rows of the weight alone. What tells nothing of them is left out: a sketch, and the spectrum of what
+        is not one of a stack of matrices.
+        """
         part = None if self.contribution_rows is None else self.contribution_rows[rows]
         return dataclasses.replace(
             self,
@@ -146,8 +151,15 @@ class LayerStatistics:
             fisher=None if self.fisher is None else self.fisher[rows],
             contribution=None if part is None else float(part.double().mean()),
             contribution_rows=part,
-            spectrum=None,
+            spectrum=self._spectrum_of(rows),
         )
+
+    def _spectrum_of(self, rows: slice) -> Tensor | None:
+        if self.spectrum is None or self.spectrum.dim() == 1:
+            return None
+        size = self.shape[0] // len(self.spectrum)
+        first, last, _ = rows.indices(self.shape[0])
+        return self.spectrum[first // size] if last - first == size and first % size == 0 else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,13 +167,14 @@ class Statistics(Mapping[str, LayerStatistics]):
     """{name of the layer: what was found there}.
 
     `batches`: how many were seen. `want`: what was asked for. `missing`: layers of which something that was asked for
-    is not there, because they never ran, or no gradient came to them.
+    is not there, because they never ran, or no gradient came to them. `known_as`: the key under which a cache has it.
     """
 
     layers: dict[str, LayerStatistics]
     batches: int
     want: tuple[str, ...] = ()
-    missing: tuple[str, ...] = field(default=())
+    missing: tuple[str, ...] = ()
+    known_as: str = ""
 
     def __getitem__(self, name: str) -> LayerStatistics:
         return self.layers[name]
@@ -205,8 +218,14 @@ class Statistics(Mapping[str, LayerStatistics]):
     def _lacking(self, site: Place, need: str) -> str:
         asked = ASKED.get(need, need)
         whole = self.layers[site.layer]
-        if site.rows is not None and (need == "spectrum" or whole.gradient_sketch is not None):
+        of_all = whole.gradient_sketch if need == "gradient" else whole.spectrum if need == "spectrum" else None
+        if site.rows is not None and of_all is not None:
             return f"the {need} of '{site.name}' cannot be told: it is a block of '{site.layer}', probed as a whole"
+        if not whole.shows_input and need in ("covariance", "activation"):
+            return (
+                f"'{site.layer}' is an embedding, or is read by its module itself, so that no input of it can be seen "
+                f"and there is no {need}; exclude it from the targets, or start it otherwise"
+            )
         if site.layer in self.missing and asked in self.want:
             return (
                 f"'{site.layer}' never ran in the {self.batches} batches that fallow.probe was given, or did not count "
@@ -234,6 +253,7 @@ class Statistics(Mapping[str, LayerStatistics]):
             "batches": self.batches,
             "want": list(self.want),
             "missing": list(self.missing),
+            "known_as": self.known_as,
             "layers": {name: _told(name, layer, put) for name, layer in self.layers.items()},
         }
         write_tensors(path, tensors, {HEADER: json.dumps(told)})
@@ -261,7 +281,7 @@ class Statistics(Mapping[str, LayerStatistics]):
                     f"{path} is of format {told['format']}, and this version reads {FORMAT}; gather it again"
                 )
             layers = {name: _layer(layer, tensors) for name, layer in told["layers"].items()}
-            return cls(layers, told["batches"], tuple(told["want"]), tuple(told["missing"]))
+            return cls(layers, told["batches"], tuple(told["want"]), tuple(told["missing"]), told["known_as"])
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, DataError):
                 raise
