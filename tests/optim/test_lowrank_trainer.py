@@ -118,6 +118,19 @@ def test_the_example_of_the_page_trains(tmp_path):
     assert sum(site.rank is not None for site in given["trainer"].optimizer.optimizer.sites()) == 3
 
 
+def test_an_optimizer_that_is_made_beforehand_trains_alike(tmp_path):
+    model = Net()
+    arguments = transformers.TrainingArguments(
+        tmp_path, max_steps=10, per_device_train_batch_size=4, gradient_accumulation_steps=2, report_to=[],
+        use_cpu=True, disable_tqdm=True, save_strategy="no", lr_scheduler_type="linear",
+    )  # fmt: skip
+    own = fallow.GaLore(model, lr=1e-2, rank=4, scale=1.0, refresh_every=4, weight_decay=0.01)
+    transformers.Trainer(model, arguments, train_dataset=texts(), optimizers=(own, None)).train()
+    other, _, _ = trained(tmp_path / "named", {"weight_decay": 0.01}, whole=True)
+    for one, expected in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, expected, rtol=0, atol=1e-7)
+
+
 def test_updates_in_the_backward_pass_of_the_trainer_are_those_after_it(tmp_path):
     after, _, _ = trained(tmp_path / "after", {}, whole=True, clip=0.0)
     within, own, _ = trained(tmp_path / "within", {"mode": "in_backward", "accumulate": 2}, whole=True)
