@@ -45,8 +45,10 @@ if TYPE_CHECKING:
     from fallow.core.objective import Objective
     from fallow.core.peft_host import config_of
     from fallow.core.peft_host.hotswap import hotswap
+    from fallow.core.probe import probe, probe_bytes
     from fallow.core.schedule import step
     from fallow.core.sparse import Adapters, SparseDelta
+    from fallow.core.statistics import Statistics
     from fallow.core.trainer import Callback
     from fallow.deltas import attach, load
     from fallow.objectives.adding import add_objective
@@ -142,6 +144,7 @@ __all__ = [
     "SelectionError",
     "Selective",
     "SparseDelta",
+    "Statistics",
     "TrainingError",
     "Trion",
     "WeightPerturbation",
@@ -162,6 +165,8 @@ __all__ = [
     "methods",
     "mixed",
     "penalty",
+    "probe",
+    "probe_bytes",
     "save",
     "save_adapter",
     "set_scale",
@@ -222,6 +227,7 @@ _HOME = {
     "SelectionError": "fallow.core.errors",
     "Selective": "fallow.selection.selective",
     "SparseDelta": "fallow.core.sparse",
+    "Statistics": "fallow.core.statistics",
     "TrainingError": "fallow.core.errors",
     "Trion": "fallow.optim.trion",
     "WeightPerturbation": "fallow.objectives.perturbation",
@@ -242,6 +248,8 @@ _HOME = {
     "methods": "fallow.catalogue",
     "mixed": "fallow.core.host",
     "penalty": "fallow.core.accompany",
+    "probe": "fallow.core.probe",
+    "probe_bytes": "fallow.core.probe",
     "save": "fallow.core.host",
     "save_adapter": "fallow.recipes.adapter_files",
     "set_scale": "fallow.core.host",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -364,3 +365,17 @@ def test_a_run_that_was_broken_off_goes_on_bit_for_bit(tmp_path: Path, options: 
     assert [path.read_bytes() for path in (tmp_path / "broken").iterdir()] == [
         path.read_bytes() for path in (tmp_path / "whole").iterdir()
     ]
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs/concepts/probe.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for example in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(example, names)
+    assert names["statistics"]["0"].fisher.shape == (32, 16)
+    assert same(names["statistics"]["0"].fisher, names["again"]["0"].fisher)
+    assert len(list((tmp_path / "probes").iterdir())) == 1

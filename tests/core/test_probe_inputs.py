@@ -53,6 +53,27 @@ def test_covariance_of_batches_of_sequences_is_that_of_the_flattened_stack(scale
     assert (stats["q"].tokens, stats["q"].calls) == (42, 3)
 
 
+@pytest.mark.parametrize("scale", ["official", "max_abs", "none"])
+def test_covariance_by_sample_is_the_same_whatever_the_batches(scale: str) -> None:
+    model, x = Heads(), torch.randn(6, 5, 6) * torch.arange(1.0, 7.0)[:, None, None]
+    mask = torch.rand(6, 5) > 0.3
+    mask[:, 0] = True
+    expected = covariance([one[kept] for one, kept in zip(x, mask, strict=True)], scale)
+    for cuts in ([6], [1] * 6, [4, 2]):
+        data = [
+            {"input_ids": part, "attention_mask": kept}
+            for part, kept in zip(x.split(cuts), mask.split(cuts), strict=True)
+        ]
+        stats = probe(model, data, "input_covariance", scale=scale, scale_by="sample")
+        assert torch.allclose(stats["q"].covariance, expected, rtol=1e-4, atol=1e-6)
+    conv, images = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, groups=1)), torch.randn(4, 3, 5, 5)
+    together, apart = (
+        probe(conv, data, "input_covariance", targets=["0"], scale=scale, scale_by="sample")["0"].covariance
+        for data in ([images], list(images.split(1)))
+    )
+    assert torch.allclose(together, apart, rtol=1e-4, atol=1e-6)
+
+
 def test_inputs_of_zero_are_not_divided_by_their_maximum() -> None:
     for scale in ("official", "max_abs", "none"):
         stats = probe(Heads(), [torch.zeros(2, 3, 6)], "input_covariance", scale=scale)
@@ -74,7 +95,7 @@ def test_covariance_of_a_convolution_is_that_of_the_patches_its_kernel_sees(conv
     model = nn.Sequential(conv)
     x = torch.randn(2, 4, *[7, 8, 9][: conv.weight.dim() - 2])
     layer = layers_of(model, ["0"], None)[0]
-    rows = layer.rows(x, (), None, torch.Generator())
+    rows = layer.rows(x, (), None, torch.Generator()).values
     # what the layer makes of its patches is what it makes of its input
     y = conv(x)
     groups = conv.groups
@@ -390,3 +411,21 @@ def test_statistics_come_of_a_diffusion_network_and_a_language_model(
     text = probe(tiny_gpt2(), [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], "input_covariance")
     assert text["transformer.h.0.attn.c_attn"].covariance.shape == (32, 32)
     assert text["transformer.h.0.attn.c_attn"].tokens == 16
+
+
+def test_a_shared_covariance_is_kept_once_and_changed_with_one_copy(
+    peak_bytes: Callable[[Callable[[], object]], int],
+) -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(512, 4) for _ in range(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return sum(layer(x) for layer in self.layers)
+
+    model, data = Wide(), [torch.randn(2, 512) for _ in range(3)]
+    one = 4 * 512 * 512
+    assert one <= peak_bytes(lambda: probe(model, data, "input_covariance")) < 2.2 * one  # six layers, one sum
+    alone = nn.Sequential(nn.Linear(512, 512))
+    assert peak_bytes(lambda: probe(alone, data, "input_covariance")) < 1.2 * one  # changed in place

@@ -136,7 +136,7 @@ def write_state(
         told: dict[str, Any] = {"layers": sorted(stand.layers), "tokens": stand.tokens, "calls": stand.calls}
         if stand.covariance is not None:
             tensors |= {f"covariance:{number}:{name}": value for name, value in stand.covariance.tensors().items()}
-            told["covariance"] = stand.covariance.calls
+            told["covariance"] = stand.covariance.count
         if stand.principal is not None and (known := stand.principal.known) is not None:
             held = {name: value for name, value in vars(known).items() if isinstance(value, Tensor)}
             tensors |= {f"principal:{number}:{name}": value for name, value in held.items()}

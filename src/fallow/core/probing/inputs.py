@@ -110,13 +110,16 @@ class Inputs:
         self._noted[step] = (weakref.ref(x), _version(x), weakref.ref(stand), stand.number)
 
     def _added(self, layer: Layer, here: Stand | None, x: Tensor, alone: bool) -> Stand:
-        rows = layer.rows(x.detach(), self._masks, self.options.positions, self.generator)
+        seen = layer.rows(x.detach(), self._masks, self.options.positions, self.generator)
+        rows = seen.values
         self.steps += 1
         self._number += 1
         found = Stand(self._number) if here is None else here
         covariance, principal = found.covariance, found.principal
         if "input_covariance" in self.active and len(rows):
-            covariance = (covariance or Covariance(None, self.options.scale)).added(rows, alone or here is None)
+            covariance = covariance or Covariance(None, self.options.scale)
+            of_each = seen.sample_of_each() if self.options.scale_by == "sample" else None
+            covariance = covariance.added(rows, alone or here is None, of_each)
         if "activation" in self.active:
             principal = self._principal(layer, principal or self.empty, rows)
         into = found if alone else Stand(self._number)

@@ -66,19 +66,37 @@ class Layer:
             return "conv", view.kernel, view.groups, view.stride, tuple(_around(view)), view.dilation, view.padding_mode
         return ("linear",)
 
-    def rows(self, x: Tensor, masks: Sequence[Tensor], positions: int | None, generator: torch.Generator) -> Tensor:
-        """(tokens, in): an input of this layer in float32, without what a mask of its shape leaves out.
+    def rows(self, x: Tensor, masks: Sequence[Tensor], positions: int | None, generator: torch.Generator) -> Rows:
+        """An input of this layer, without what a mask of its shape leaves out.
 
         Of a convolution the patches that its kernel sees, those of all groups, at `positions` places of each sample.
         """
         if isinstance(self.view, ConvView):
-            return _patches(self.view, x, positions, generator)
+            x = x if x.dim() == len(self.view.stride) + 2 else x.unsqueeze(0)
+            patches = _patches(self.view, x, positions, generator)
+            return Rows(patches, len(patches), len(x))
         flat = x.reshape(-1, x.shape[-1])
         for mask in masks:
             if x.shape[:-1] == mask.shape or (x.dim() == 2 and len(x) == mask.numel()):
-                flat = flat[mask.reshape(-1).to(x.device)]
-                break
-        return flat.float()
+                kept = mask.reshape(-1).to(x.device)
+                return Rows(flat[kept].float(), len(flat), len(mask), kept)
+        return Rows(flat.float(), len(flat), len(x) if x.dim() > 1 else 1)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """`values` (tokens, in) float32: of `every` rows, those that were `kept` (every,), or all. `samples`: how many."""
+
+    values: Tensor
+    every: int
+    samples: int
+    kept: Tensor | None = None
+
+    def sample_of_each(self) -> Tensor:
+        """(tokens,) int64: 0, 0, ..., 1, 1, ..."""
+        counts = self.every // max(self.samples, 1)
+        found = torch.arange(self.samples, device=self.values.device).repeat_interleave(counts)
+        return found if self.kept is None else found[self.kept]
 
 
 def layers_of(model: nn.Module, targets: Targets, exclude: Targets | None) -> list[Layer]:
@@ -97,7 +115,6 @@ def layers_of(model: nn.Module, targets: Targets, exclude: Targets | None) -> li
 def _patches(view: ConvView, x: Tensor, positions: int | None, generator: torch.Generator) -> Tensor:
     """(samples * groups * positions, in / groups * kernel), ordered as the weight flattened; only these are copied."""
     kernel, spatial = view.kernel[1:], len(view.stride)
-    x = x if x.dim() == spatial + 2 else x.unsqueeze(0)
     mode = "constant" if view.padding_mode == "zeros" else view.padding_mode
     windows = F.pad(x, _around(view), mode=mode) if any(_around(view)) else x
     for dim, (size, step, apart) in enumerate(zip(kernel, view.stride, view.dilation, strict=True), start=2):

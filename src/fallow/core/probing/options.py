@@ -32,7 +32,9 @@ class Options:
     "gradient"
         sketch: k; in place of a gradient (out, in) keep (k out + (2k + 1) in) numbers, where that is less.
     "input_covariance"
-        scale: what each call's inputs X are divided by: "official" |max X|, "max_abs" max |X|, "none".
+        scale: what inputs X are divided by: "official" |max X|, "max_abs" max |X|, "none". scale_by: "call", by that of
+        all samples of a call, K counting calls; "sample", each by its own, K counting samples, which makes C the same
+        whatever the batches are.
     "activation"
         components: how many directions, q. center: of the inputs about their mean, as in EVA's code; False for its
         theorem. tolerance: the least cosine between a direction before and after a batch. converged: "component", of
@@ -62,6 +64,7 @@ class Options:
     mask: Mask = "attention_mask"
     sketch: int | None = None
     scale: Scale = "official"
+    scale_by: Literal["call", "sample"] = "call"
     components: int = 16
     center: bool = True
     tolerance: float = 0.99
@@ -88,6 +91,7 @@ class Options:
         number("loss_scale", self.loss_scale, open_below=True)
         number("tolerance", self.tolerance, 0, 1, open_below=True)
         one_of("scale", self.scale, ("official", "max_abs", "none"))
+        one_of("scale_by", self.scale_by, ("call", "sample"))
         one_of("converged", self.converged, ("component", "subspace"))
         if self.rank is not None and self.rank > self.components:
             raise ConfigError(f"rank={self.rank} is above components={self.components}; give at least as many")
@@ -125,7 +129,9 @@ def check(want: frozenset[str], options: Options) -> None:
         )
     given = {field.name for field in dataclasses.fields(Options) if getattr(options, field.name) != field.default}
     of = {
-        "sketch": "gradient", "scale": "input_covariance", "components": "activation", "center": "activation",
+
+        "sketch": "gradient", "scale": "input_covariance", "scale_by": "input_covariance",
+        "components": "activation", "center": "activation",
         "tolerance": "activation", "converged": "activation", "rank": "activation", "passes": "activation",
         "per_sample": "fisher", "tokens": "fisher", "tuned": "contribution", "points": "contribution",
     }  # fmt: skip

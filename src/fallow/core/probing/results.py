@@ -55,11 +55,17 @@ def _refuse_not_finite(statistics: dict[str, LayerStatistics]) -> None:
             "principal components": None if one.activation is None else one.activation.directions,
         }  # fmt: skip
         for what, tensor in parts.items():
-            if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            if tensor is not None and not _finite(tensor):
                 raise DataError(
                     f"the {what} of '{name}' is not finite; look at the batches and the loss, and give a model in "
                     "float16 a loss_scale, or run it in float32"
                 )
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Without a temporary of its size."""
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _of_inputs(run: Run, layers: Sequence[Layer], want: frozenset[str]) -> dict[str, dict[str, Any]]:
@@ -76,7 +82,7 @@ def _of_inputs(run: Run, layers: Sequence[Layer], want: frozenset[str]) -> dict[
     summed(covariances, {name: (inner[name], inner[name]) for name in owners}, run.device)
     own = {n: s.principal for n, s in at.items() if s.principal is not None}
     principals = merged(own, inputs.empty, run.device)
-    told = gathered({n: (s.tokens, s.calls, s.covariance.calls if s.covariance else 0) for n, s in at.items()})
+    told = gathered({n: (s.tokens, s.calls, s.covariance.count if s.covariance else 0) for n, s in at.items()})
     counts = {name: [sum(part) for part in zip(*(t[name] for t in told if name in t), strict=True)] for name in owners}
     for name, total in covariances.items():
         total.div_(counts[name][2])
