@@ -56,6 +56,7 @@ class Example:
 
 
 EXAMPLES: dict[str, Example] = {
+    "adalora": Example("rank=8", "1e-3", lora=""),
     "bone": Example("rank=64", "1e-3", lora=""),
     "codyra": Example("rank=16", told=True, at_steps="lets gates fall", lora=""),
     "dora": Example("rank=8, alpha=16"),

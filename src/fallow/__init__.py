@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from fallow.core.on_import import after_import
 
 if TYPE_CHECKING:
+    from fallow.budgets.adalora import AdaLoRARanks
+    from fallow.budgets.increlora import IncreLoRA
     from fallow.catalogue import Card, methods
     from fallow.core.accompany import condition, penalty
     from fallow.core.delta import Delta, MethodOptions
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from fallow.core.sparse import Adapters, SparseDelta
     from fallow.core.statistics import Statistics
     from fallow.core.trainer import Callback
+    from fallow.core.trimming import trim
     from fallow.deltas import attach, load
     from fallow.objectives.adding import add_objective
     from fallow.objectives.ba_lora import BALoRA
@@ -103,6 +106,7 @@ __all__ = [
     "LTSFT",
     "ALLoRA",
     "APOLLOMini",
+    "AdaLoRARanks",
     "AdapterError",
     "Adapters",
     "BALoRA",
@@ -118,6 +122,7 @@ __all__ = [
     "GaLore",
     "GradNormLoRP",
     "GradientAscent",
+    "IncreLoRA",
     "InvertedHinge",
     "Largest",
     "LoRAGA",
@@ -174,6 +179,7 @@ __all__ = [
     "to_lora",
     "to_peft",
     "to_sparse",
+    "trim",
     "unmerge",
 ]
 
@@ -181,6 +187,7 @@ _HOME = {
     "ALLoRA": "fallow.optim.allora",
     "APOLLO": "fallow.optim.apollo",
     "APOLLOMini": "fallow.optim.apollo",
+    "AdaLoRARanks": "fallow.budgets.adalora",
     "AdapterError": "fallow.core.errors",
     "Adapters": "fallow.core.sparse",
     "BALoRA": "fallow.objectives.ba_lora",
@@ -199,6 +206,7 @@ _HOME = {
     "GaLore": "fallow.optim.galore",
     "GradNormLoRP": "fallow.optim.gradnormlorp",
     "GradientAscent": "fallow.objectives.unlearning",
+    "IncreLoRA": "fallow.budgets.increlora",
     "InvertedHinge": "fallow.objectives.unlearning",
     "LISA": "fallow.optim.lisa",
     "LTSFT": "fallow.selection.lt_sft",
@@ -257,6 +265,7 @@ _HOME = {
     "to_lora": "fallow.recipes.formats.plain_lora",
     "to_peft": "fallow.recipes.formats.to_peft",
     "to_sparse": "fallow.selection.peft_sparse",
+    "trim": "fallow.core.trimming",
     "unmerge": "fallow.core.host",
 }
 after_import("peft", "fallow.selection.peft_config")

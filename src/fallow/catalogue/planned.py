@@ -28,8 +28,6 @@ PLANNED: tuple[tuple[str, str, str, Idea, str], ...] = (
      "a granularity input for click-based segmentation, without part labels"),
     ("icm-lora", "In-Context Meta LoRA Generation", "2501.17635", "transfer",
      "a generator that writes the LoRA of a task from a few examples of it"),
-    ("increlora", "IncreLoRA: Incremental Parameter Allocation Method for Parameter-Efficient Fine-tuning",
-     "2308.12043", "start and budget", "every module starts at rank 1 and grows where it matters"),
     ("intruder-dimensions", "LoRA vs Full Fine-tuning: An Illusion of Equivalence", "2410.21228", "analysis",
      "finds the new leading directions that mark forgetting, and scales them down"),
     ("loku", "Towards Robust and Parameter-Efficient Knowledge Unlearning for LLMs", "2408.06621", "objective",

@@ -82,7 +82,7 @@ class EachStep:
     def _begin(self, penalises: bool) -> None:
         if penalises:
             _PENALISED.add(self)
-            _hook_all_optimizers()
+            hook_optimizers()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -168,7 +168,8 @@ def penalty(model: nn.Module) -> Tensor:
 
 
 @cache
-def _hook_all_optimizers() -> None:
+def hook_optimizers() -> None:
+    """Let penalties have their gradients before each step of every optimizer."""
     register_optimizer_step_pre_hook(_before_step)
 
 

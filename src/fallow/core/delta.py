@@ -260,6 +260,10 @@ class Delta(nn.Module):
         """(r,): how much each rank is worth. ConfigError where the method has no ranks."""
         raise ConfigError(f"'{self.name}' has no ranks of its own to weigh")
 
+    def used_ranks(self) -> int:
+        """How many ranks change the output; `resize` to as many changes none of it. ConfigError as `importance`."""
+        return int((self.importance() > 0).sum())
+
     def resize(self, rank: int) -> None:
         """Give it this rank, keeping the most important; growth starts unchanged. ConfigError where it cannot."""
         raise ConfigError(f"'{self.name}' cannot change its rank")

@@ -88,6 +88,10 @@ class FactorPair(Delta):
         both = (more_b * self.start_B).sum(0) * (more_a * a).sum(1)
         return (square + 2 * both).clamp_min(0).sqrt()
 
+    def used_ranks(self) -> int:
+        """All where a start was taken out: a rank that is worth nothing then is so to rounding alone."""
+        return int(self.o.rank) if self.o.offset else super().used_ranks()
+
     @torch.no_grad()
     def resize_pair(self, keep: Tensor, a: Tensor, b: Tensor, factor: float = 1.0, cut: bool = True) -> None:
         """Keep these ranks, B times `factor`, and add fresh ones. `cut`: what is subtracted goes with its rank, so that

@@ -166,6 +166,10 @@ class DyLoRA(LoRA):
         worth = b[:, : self.o.rank].norm(dim=0) * a[: self.o.rank].norm(dim=1)
         return worth.detach().flip(0).cumsum(0).flip(0)
 
+    def used_ranks(self) -> int:
+        """All, or those of `fallow.condition(model, rank=b)`: at a lower rank the scale is another."""
+        return self.chosen
+
     @torch.no_grad()
     def resize(self, rank: int) -> None:
         """The first ranks, as they are: the scale becomes alpha / rank, for which they were trained."""

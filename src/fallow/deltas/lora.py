@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fallow.core.budgeting import at_rank
 from fallow.core.delta import Site, fits_rank, number, one_of, whole
 from fallow.core.errors import ConfigError
 from fallow.core.factor_pair import FactorPair, PairOptions
@@ -92,9 +93,8 @@ class LoRA(FactorPair):
 
     @torch.no_grad()
     def resize(self, rank: int) -> None:
-        """B takes up what the new rank changes in s, so that what is kept acts as before."""
+        """Alpha follows, so that s, and with it what is kept, stays as it is."""
         whole("rank", rank)
         keep = self.importance().topk(min(rank, self.A.shape[0])).indices.sort().values
-        before = self.scaling
-        self.o = dataclasses.replace(self.o, rank=rank)
-        self.resize_pair(keep, *self.start(max(0, rank - len(keep))), before / self.scaling_at(rank))
+        self.o = at_rank(self.o, rank)
+        self.resize_pair(keep, *self.start(max(0, rank - len(keep))))

@@ -29,6 +29,8 @@ def install(
     objective: Objective | None = None,
 ) -> list[Delta]:
     """Put a prepared adapter into the model, inactive."""
+    by_key = {spot.key: delta for spot, delta in made.deltas}
+    changing = None if budget is None else budget.follow(by_key)  # which may refuse them, so before anything is changed
     found = root_of(model)
     if found is None:
         shared = Shared(model)
@@ -47,9 +49,8 @@ def install(
     shared[made.name] = made.common
     shared.show(model)
     deltas = [delta for _, delta in made.deltas]
-    by_key = {spot.key: delta for spot, delta in made.deltas}
     accompany(by_key, made.spec.own_loss, objective)
-    if budget is not None and (changing := budget.follow(by_key)) is not None:
+    if changing is not None:
         carry(deltas[0], changing)
     watch(by_key, expect_gradients)
     return deltas
