@@ -1,6 +1,6 @@
 """The command line: parse, call a recipe, show what came of it. Nothing is computed here.
 
-    fallow train | generate | evaluate | compare | methods | probe | doctor
+    fallow train | generate | evaluate | compare | unlearn | methods | probe | doctor
     fallow adapter info | merge | diff | combine | extract | resize | convert
 
 Nothing heavy is imported before a command runs: `fallow --help` answers at once. The flags of `train` and `compare` are
@@ -17,11 +17,15 @@ from typing import Annotated, Any
 
 import typer
 
-from fallow.cli import adapter, judge, pictures, show, survey, training
+from fallow.cli import adapter, judge, pictures, show, survey, training, unlearning
 from fallow.cli.failures import explained
 from fallow.cli.show import version_text
 
-GENERATED = {"train": training.train_command, "compare": training.compare_command}
+GENERATED = {
+    "train": training.train_command,
+    "compare": training.compare_command,
+    "unlearn": unlearning.unlearn_command,
+}
 
 
 class Fallow(typer.core.TyperGroup):
@@ -84,6 +88,7 @@ def root(
 training.register(app)
 pictures.register(app)
 judge.register(app)
+unlearning.register(app)
 survey.register(app)
 app.add_typer(adapter.app, name="adapter")
 
