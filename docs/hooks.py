@@ -83,7 +83,7 @@ def commands() -> Iterator[str]:
     from fallow.cli import GENERATED, app
 
     group = typer.main.get_command(app)
-    for name in ("train", "generate", "evaluate", "compare", "probe", "doctor", "methods"):
+    for name in ("train", "generate", "evaluate", "compare", "continual", "generalise", "probe", "doctor", "methods"):
         yield section(name, GENERATED[name]() if name in GENERATED else group.commands[name])
     for name, command in group.commands["adapter"].commands.items():
         yield section(f"adapter {name}", command)

@@ -121,7 +121,8 @@ def test_help_lists_every_command_and_imports_nothing_heavy():
         "print('loaded:', [m for m in ('torch', 'diffusers', 'transformers', 'peft') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    for name in ("train", "generate", "evaluate", "compare", "methods", "probe", "doctor", "adapter"):
+    names = "train generate evaluate compare continual generalise methods probe doctor adapter"
+    for name in names.split():
         assert f"│ {name} " in result.stdout, name
     assert "loaded: []" in result.stdout
 
@@ -133,6 +134,8 @@ def test_help_lists_every_command_and_imports_nothing_heavy():
         "generate",
         "evaluate",
         "compare",
+        "continual",
+        "generalise",
         "methods",
         "probe",
         "doctor",

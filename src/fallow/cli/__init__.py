@@ -1,6 +1,6 @@
 """The command line: parse, call a recipe, show what came of it. Nothing is computed here.
 
-    fallow train | generate | evaluate | compare | unlearn | methods | probe | doctor
+    fallow train | generate | evaluate | compare | continual | generalise | unlearn | methods | probe | doctor
     fallow adapter info | merge | diff | combine | extract | resize | convert
 
 Nothing heavy is imported before a command runs: `fallow --help` answers at once. The flags of `train` and `compare` are
@@ -17,13 +17,15 @@ from typing import Annotated, Any
 
 import typer
 
-from fallow.cli import adapter, judge, pictures, show, survey, training, unlearning
+from fallow.cli import adapter, judge, learning, pictures, show, survey, training, unlearning
 from fallow.cli.failures import explained
 from fallow.cli.show import version_text
 
 GENERATED = {
     "train": training.train_command,
     "compare": training.compare_command,
+    "continual": learning.continual_command,
+    "generalise": learning.generalise_command,
     "unlearn": unlearning.unlearn_command,
 }
 
@@ -41,7 +43,7 @@ class Fallow(typer.core.TyperGroup):
         return super().parse_args(ctx, kept)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Replace the two commands with generated flags by the real ones, now that one of them is wanted."""
+        """Replace a command with generated flags by the real one, now that it is wanted."""
         name, command, rest = super().resolve_command(ctx, args)
         if name in GENERATED and not ctx.resilient_parsing:
             with explained(ctx.meta.get("fallow.debug", False), name):
@@ -88,6 +90,7 @@ def root(
 training.register(app)
 pictures.register(app)
 judge.register(app)
+learning.register(app)
 unlearning.register(app)
 survey.register(app)
 app.add_typer(adapter.app, name="adapter")

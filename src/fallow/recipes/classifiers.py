@@ -49,6 +49,18 @@ class Perceptron(nn.Module):
         return logits
 
 
+class Garments(nn.Module):
+    """The shipped garment-net with its logits of garments alone; pixels (n, 3, 32, 32) in [0, 1] -> (n, 10)."""
+
+    def __init__(self, judge: GarmentNet) -> None:
+        super().__init__()
+        self.body, self.classifier = judge.body, judge.garment
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.body(pixels * 2 - 1))
+        return logits
+
+
 class Classifier:
     """A network with how its pictures have to be. `head`: the name of the layer that gives the logits.
 
@@ -83,8 +95,7 @@ class Classifier:
     def logits(self, pixels: Tensor) -> Tensor:
         """(n, classes) of pixels (n, channels, side, side) in [0, 1]."""
         found = self.network(self.prepared(pixels))
-        found = getattr(found, "logits", found)
-        logits: Tensor = found[0] if isinstance(found, tuple) else found
+        logits: Tensor = getattr(found, "logits", found)
         return logits
 
     def loss(self, pixels: Tensor, labels: Tensor, classes: Sequence[int] | None = None) -> Tensor:
@@ -133,9 +144,9 @@ def make_classifier(model: str, classes: Sequence[str], side: int, channels: int
     if model == "vit":
         return Classifier(_small_vit(len(classes), side, channels), "classifier", side, channels)
     if model == "garment-net":
-        network = GarmentNet.from_pretrained(assets.GARMENT_NET)
-        found = Classifier(network, "garment", 32, 3)
-        if list(classes) != network.garment_names:
+        judge = GarmentNet.from_pretrained(assets.GARMENT_NET)
+        found = Classifier(Garments(judge), "classifier", 32, 3)
+        if list(classes) != judge.garment_names:
             found.renew_head(len(classes))
         return found
     return _of_transformers(model, classes)

@@ -46,6 +46,7 @@ from fallow.recipes.pipelines import chosen_device
 from fallow.report.continual import write_continual_page
 
 BETAS = (0.9, 0.9999)
+GATED = ("codyra", "sora")
 Part = Literal["held_out", "test"]
 
 
@@ -64,9 +65,15 @@ class ContinualConfig(BaseModel):
         ["codyra", "lora:1", "lora:16"], min_length=1, description="Methods, each NAME or NAME:RANK; full is one too."
     )
     options: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Arguments of single methods.")
-    targets: list[str] = Field(["all-linear"], description="Layers to adapt: all-linear, all-layers, or names.")
+    targets: list[str] = Field(
+        default_factory=list,
+        description="Layers to adapt: all-linear, all-layers, or names; all-layers for garment-net, else all-linear.",
+    )
     lrs: list[float] = Field([3e-3, 1e-2, 3e-2], min_length=1, description="Learning rates that each method tries.")
-    gate_factor: float = Field(1.0, gt=0, description="Times the learning rate for gates; 10-100 lets the data decide.")
+    gate_factors: dict[str, float] = Field(
+        default_factory=dict,
+        description="Times the learning rate for the gates, by method: codyra=10. 10 to 100 lets the data decide.",
+    )
     select_by: Literal["average", "last", "new"] = Field("average", description="The figure that chooses the rate.")
     steps: int = Field(300, ge=1, description="Training steps of each task.")
     batch_size: int = Field(64, ge=1, description="Pictures in a batch.")
@@ -90,6 +97,13 @@ class ContinualConfig(BaseModel):
         contestants(self.methods, self.options, ("full",))
         if not all(lr > 0 for lr in self.lrs):
             raise ConfigError(f"lrs={self.lrs} must all be above 0")
+        labels = {one.label.replace("-", "_"): one for one in contestants(self.methods, self.options, ("full",))}
+        self.gate_factors = {name.replace("-", "_"): factor for name, factor in self.gate_factors.items()}
+        for name, factor in self.gate_factors.items():
+            if name not in labels or labels[name].method not in GATED or not factor > 0:
+                raise ConfigError(
+                    f"gate_factors: {name}={factor} must be above 0 and for one of methods={self.methods} with gates"
+                )
         for name, values in (("seeds", self.seeds), ("lrs", self.lrs), ("order", self.order)):
             if len(set(values)) < len(values):
                 raise ConfigError(f"{name}={values} holds one of them twice; give each once")
@@ -197,13 +211,22 @@ class _Job:
         self.console.print(f"{contestant.label} at lr {lr:g}: {told}", highlight=False, markup=False)
 
     def _once(self, contestant: Contestant, lr: float, seed: int, part: Part) -> dict[str, Any]:
-        settings = self.config.model_dump(
-            mode="json", exclude={"methods", "options", "lrs", "seeds", "output", "select_by"}
-        )
-        settings |= {"contestant": contestant.options, "lr": lr, "seed": seed, "part": part}
+        left_out = {"methods", "options", "lrs", "seeds", "output", "select_by", "gate_factors"}
+        settings = self.config.model_dump(mode="json", exclude=left_out)
+        settings |= {
+            "method": contestant.method,
+            "contestant": contestant.options,
+            "lr": lr,
+            "seed": seed,
+            "part": part,
+        }
+        settings |= {"gate_factor": self._gate_factor(contestant)}
         name = f"{contestant.label}-lr{lr:g}-seed{seed}-{part.replace('_', '-')}"
         make = partial(self._run, contestant, lr, seed, part)
         return once(self.folder / "runs", name, settings, make)
+
+    def _gate_factor(self, contestant: Contestant) -> float | None:
+        return self.config.gate_factors.get(contestant.label.replace("-", "_"))
 
     def _run(self, contestant: Contestant, lr: float, seed: int, part: Part) -> dict[str, Any]:
         """One pass over all tasks."""
@@ -243,8 +266,8 @@ class _Job:
         }  # fmt: skip
 
     def _sequence(self, contestant: Contestant, classifier: Classifier, folder: Path | None) -> TaskSequence:
-        targets: Any = self.config.targets[0] if len(self.config.targets) == 1 else self.config.targets
-        targets = targets if targets in ("all-linear", "all-layers") else list(self.config.targets)
+        given = self.config.targets or ["all-layers" if self.config.network == "garment-net" else "all-linear"]
+        targets: Any = given[0] if given[0] in ("all-linear", "all-layers") else given
         fresh = classifier.fresh_head
         rank = contestant.rank
         times = int(contestant.options.get("group", 4)) if contestant.method == "pego" else 1
@@ -270,8 +293,8 @@ class _Job:
             groups: list[dict[str, Any]] = [{"params": list(network.parameters()), "lr": lr}]
         else:
             tasks.start_task(task.name, config.steps)
-            gated = contestant.method in ("codyra", "sora")
-            groups = tasks.parameter_groups(lr, lr * config.gate_factor if gated else None)
+            factor = self._gate_factor(contestant)
+            groups = tasks.parameter_groups(lr, None if factor is None else lr * factor)
         found["trained_numbers"] = sum(p.numel() for group in groups for p in group["params"] if p.requires_grad)
         optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
@@ -305,7 +328,7 @@ class _Job:
     def _write(self, status: str) -> None:
         config = self.config.model_dump(mode="json", exclude={"output"})
         write_json(
-            self.folder / "results.json", {"status": status, "config": config, **self.info, "methods": self.results}
+            self.folder / "results.json", {**self.info, "status": status, "config": config, "methods": self.results}
         )
 
     def finish(self) -> None:

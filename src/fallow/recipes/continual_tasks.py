@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import peft  # noqa: F401  # before our host of it, which is told of by PEFT's being imported
 import torch
 from torch import Tensor, nn
 

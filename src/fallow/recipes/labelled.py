@@ -87,6 +87,23 @@ def _changed(data: Labelled, change: Callable[[Tensor], Tensor]) -> Labelled:
     return Labelled(data.labels, lambda index: change(data.read(index)))
 
 
+def joined(parts: Sequence[Labelled]) -> Labelled:
+    """The pictures of several sets, one behind the other."""
+    ends = torch.tensor([len(part) for part in parts]).cumsum(0)
+
+    def read(index: Tensor) -> Tensor:
+        whose = torch.searchsorted(ends, index, right=True)
+        found: list[tuple[Tensor, Tensor]] = []
+        for at, part in enumerate(parts):
+            places = (whose == at).nonzero()[:, 0]
+            if len(places):
+                found.append((places, part.read(index[places] - (int(ends[at]) - len(part)))))
+        pixels = torch.cat([some for _, some in found])
+        return pixels[torch.cat([places for places, _ in found]).argsort()]
+
+    return Labelled(torch.cat([part.labels for part in parts]), read)
+
+
 def held(pixels: Tensor, labels: Tensor) -> Labelled:
     """Pixels (N, channels, side, side) in memory: bytes, or floats in [0, 1]."""
     if pixels.dtype == torch.uint8:
@@ -180,7 +197,7 @@ def _style(name: str, seed: int) -> Group:
 
 
 def folders(
-    root: Path, side: int, channels: int, seed: int, names: Sequence[str] = ()
+    root: Path, side: int, channels: int, seed: int, names: Sequence[str] = (), shares: Sequence[float] = SHARES
 ) -> tuple[list[Group], list[str]]:
     """The groups of a folder, in the order of `names` or of their own, and the names of all classes, sorted.
 
@@ -203,7 +220,7 @@ def folders(
     groups = []
     for name in chosen:
         if whole[name]:
-            groups.append(split(name, _pictures(root / name, classes, side, channels), seed))
+            groups.append(split(name, _pictures(root / name, classes, side, channels), seed, shares))
             continue
         first, test = (_pictures(half, classes, side, channels) for half in halves[name])
         order = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed))

@@ -15,21 +15,23 @@ from fallow.report.plots import _STYLE, INK, MARKERS, MUTED, RULE, SERIES, canva
 
 SHADES = LinearSegmentedColormap.from_list("shades", ["#fbf3e8", "#a8560f"])
 DARK = 0.6  # share of the scale from which figures in a field are white
+ON_LIGHT = "#2b2724"  # of others: no colour of the page, which is light in a dark scheme, as the field is not
 
 
 @rc_context(_STYLE)
 def matrix_plot(matrix: Sequence[Sequence[float]], tasks: Sequence[str], title: str) -> Figure:
     """Accuracy on each task (columns) before and after each task (rows), in per cent; the diagonal is framed."""
-    figure, axes = canvas(1.5 + 0.62 * len(tasks), 1.1 + 0.34 * len(matrix))
-    axes.imshow(matrix, cmap=SHADES, vmin=0, vmax=1, aspect="auto")
+    figure, axes = canvas(4.6, 1.1 + 0.34 * len(matrix))
+    edges = [place - 0.5 for place in range(len(tasks) + 1)], [place - 0.5 for place in range(len(matrix) + 1)]
+    axes.pcolormesh(*edges, matrix, cmap=SHADES, vmin=0, vmax=1, edgecolors="none")
     for row, values in enumerate(matrix):
         for column, value in enumerate(values):
-            colour = "white" if value > DARK else INK
+            colour = "white" if value > DARK else ON_LIGHT
             axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=8)
     for task in range(len(tasks)):
         axes.plot(
             [task - 0.5, task + 0.5, task + 0.5, task - 0.5, task - 0.5],
-            [task + 0.5, task + 0.5, task + 1.5, task + 1.5, task + 0.5], color=INK, linewidth=0.9,
+            [task + 0.5, task + 0.5, task + 1.5, task + 1.5, task + 0.5], color=INK, linewidth=1.1, clip_on=False,
         )  # fmt: skip
     axes.set_xticks(range(len(tasks)), tasks, rotation=30 if max(map(len, tasks)) > 6 else 0)
     axes.set_yticks(range(len(matrix)), ["before", *(f"after {task}" for task in tasks)])
@@ -92,9 +94,10 @@ def domain_bars(methods: Sequence[Mapping[str, Any]], domains: Sequence[str], ti
         at = [place + (number - (len(methods) - 1) / 2) * width for place in range(len(domains))]
         means = [method["mean"][name] for name in domains]
         heights = [math.nan if value is None else value for value in means]
-        spreads = [method["deviation"][name] or 0.0 for name in domains]
         axes.bar(at, heights, width=0.92 * width, color=SERIES[method["series"] % 8], label=method["label"])
-        axes.errorbar(at, heights, yerr=spreads, fmt="none", ecolor=INK, elinewidth=0.7, capsize=1.5)
+        if all(method["deviation"][name] is not None for name in domains):
+            spreads = [method["deviation"][name] for name in domains]
+            axes.errorbar(at, heights, yerr=spreads, fmt="none", ecolor=INK, elinewidth=0.7, capsize=1.5)
     axes.set_xticks(range(len(domains)), domains)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_ylim(0, 1.03)
@@ -123,6 +126,6 @@ def seen_unseen(points: Sequence[Mapping[str, Any]], title: str) -> Figure | Non
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.margins(0.12)
-    axes.set(title=title, xlabel="held-out pictures of the sources", ylabel="unseen domains")
+    axes.set(title=title, xlabel="other pictures of the sources", ylabel="unseen domains")
     figure.legend(loc="outside lower center", ncols=min(3, len(told)))
     return figure
