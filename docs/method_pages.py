@@ -150,6 +150,9 @@ def _reference(card: Card) -> Iterator[str]:
         yield from (f"::: {card.home}.{card.name}", "    options:", "      members: [bind, release]", "")
         yield "Others of its kind: [low-rank optimizers](../concepts/low-rank-optimizers.md),"
         yield "[LISA and rules for LoRA](../concepts/optimizers.md)."
+    elif card.idea == "start and budget":
+        yield from (f"::: {card.home}.{card.name}", "    options:", "      members: []", "")
+        yield "Others of its kind, and what takes them: [starts](../concepts/starts.md), [budgets](../concepts/budgets.md)."
     else:
         yield from (f"::: {card.home}.{card.name}", "    options:", "      members: [from_official, from_peft]", "")
         yield "Saving, loading, scales and resuming are those of [every selective method](../python.md)."

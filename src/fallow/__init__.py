@@ -20,7 +20,11 @@ from fallow.core.on_import import after_import
 
 if TYPE_CHECKING:
     from fallow.budgets.adalora import AdaLoRARanks
+    from fallow.budgets.colora import CoLoRARanks
+    from fallow.budgets.eva import EVARanks
     from fallow.budgets.increlora import IncreLoRA
+    from fallow.budgets.lamda import LaMDARanks
+    from fallow.budgets.uniform import Uniform
     from fallow.catalogue import Card, methods
     from fallow.core.accompany import condition, penalty
     from fallow.core.delta import Delta, MethodOptions
@@ -89,6 +93,8 @@ if TYPE_CHECKING:
     from fallow.selection.sara import SaRA
     from fallow.selection.selective import Selective
     from fallow.selection.shira import SHiRA
+    from fallow.starts.corda import CorDA
+    from fallow.starts.eva import EVA
     from fallow.starts.fila import FILA
     from fallow.starts.lora_ga import LoRAGA
     from fallow.starts.lora_sb import LoRASB, first_lr
@@ -99,6 +105,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "APOLLO",
+    "EVA",
     "FILA",
     "FRUGAL",
     "GGPO",
@@ -112,10 +119,13 @@ __all__ = [
     "BALoRA",
     "Callback",
     "Card",
+    "CoLoRARanks",
     "ConfigError",
+    "CorDA",
     "DCTAdamW",
     "DataError",
     "Delta",
+    "EVARanks",
     "FallowError",
     "FeatureDistillation",
     "Fira",
@@ -124,6 +134,7 @@ __all__ = [
     "GradientAscent",
     "IncreLoRA",
     "InvertedHinge",
+    "LaMDARanks",
     "Largest",
     "LoRAGA",
     "LoRAPlus",
@@ -152,6 +163,7 @@ __all__ = [
     "Statistics",
     "TrainingError",
     "Trion",
+    "Uniform",
     "WeightPerturbation",
     "activate",
     "add_objective",
@@ -193,10 +205,14 @@ _HOME = {
     "BALoRA": "fallow.objectives.ba_lora",
     "Callback": "fallow.core.trainer",
     "Card": "fallow.catalogue",
+    "CoLoRARanks": "fallow.budgets.colora",
     "ConfigError": "fallow.core.errors",
+    "CorDA": "fallow.starts.corda",
     "DCTAdamW": "fallow.optim.dct_adamw",
     "DataError": "fallow.core.errors",
     "Delta": "fallow.core.delta",
+    "EVA": "fallow.starts.eva",
+    "EVARanks": "fallow.budgets.eva",
     "FILA": "fallow.starts.fila",
     "FRUGAL": "fallow.optim.frugal",
     "FallowError": "fallow.core.errors",
@@ -210,6 +226,7 @@ _HOME = {
     "InvertedHinge": "fallow.objectives.unlearning",
     "LISA": "fallow.optim.lisa",
     "LTSFT": "fallow.selection.lt_sft",
+    "LaMDARanks": "fallow.budgets.lamda",
     "Largest": "fallow.selection.largest",
     "LoRAGA": "fallow.starts.lora_ga",
     "LoRAPlus": "fallow.optim.lora_plus",
@@ -238,6 +255,7 @@ _HOME = {
     "Statistics": "fallow.core.statistics",
     "TrainingError": "fallow.core.errors",
     "Trion": "fallow.optim.trion",
+    "Uniform": "fallow.budgets.uniform",
     "WeightPerturbation": "fallow.objectives.perturbation",
     "activate": "fallow.core.host",
     "add_objective": "fallow.objectives.adding",

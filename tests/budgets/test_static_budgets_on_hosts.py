@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.eva import get_eva_state_dict
 from torch import nn
 
 import fallow
@@ -116,6 +117,21 @@ def test_a_start_follows_the_rank_of_its_layer(host):
         directions = statistics()[name].activation.directions
         assert torch.equal(delta.A, directions[: delta.A.shape[0]])
     assert len({delta.A.shape[0] for delta in deltas(model).values()}) > 1
+
+
+def test_ranks_are_those_of_peft():
+    config = LoraConfig(
+        r=3, target_modules=NAMES, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0, tau=0.99)
+    )  # fmt: skip
+    batches = [X[torch.randperm(300)] for _ in range(3)]  # the same each time, so that all converges
+    theirs = get_eva_state_dict(
+        network(), batches, config, forward_fn=lambda model, x: model(x), prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=None, show_progress_bar=False,
+    )  # fmt: skip
+    shapes = {name: tuple(network().get_submodule(name).weight.shape) for name in NAMES}
+    ours = EVARanks(statistics()).ranks(shapes, 3)
+    assert ours == {name: len(theirs[name]) for name in NAMES}
+    assert len(set(ours.values())) > 1
 
 
 @hosts

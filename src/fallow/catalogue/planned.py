@@ -15,13 +15,8 @@ PLANNED: tuple[tuple[str, str, str, Idea, str], ...] = (
      "several LoRAs in one picture, one leading at a time, the others from a cache"),
     ("colora", "Contribution-based Low-Rank Adaptation with Pre-training Model for Real Image Restoration",
      "2408.01099", "start and budget", "image restoration: rank where a degradation needs it"),
-    ("corda", "CorDA: Context-Oriented Decomposition Adaptation of Large Language Models for Task-Aware "
-     "Parameter-Efficient Fine-tuning", "2406.05223", "start and budget",
-     "a start from weights seen through their inputs: keep knowledge, or learn the task first"),
     ("diffora", "DiffoRA: Enabling Parameter-Efficient LLM Fine-Tuning via Differential Low-Rank Matrix Adaptation",
      "2502.08905", "start and budget", "a differentiable search for the modules that deserve an adapter"),
-    ("eva", "Parameter Efficient Fine-tuning via Explained Variance Adaptation", "2410.07170", "start and budget",
-     "LoRA starts on the directions in which a layer's inputs vary most, and rank follows them"),
     ("fedsvd", "FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA", "2505.12805",
      "federated", "LoRA among several data owners under differential privacy"),
     ("graco", "GraCo: Granularity-Controllable Interactive Segmentation", "2405.00587", "recipe",
