@@ -109,6 +109,18 @@ def stored(model: nn.Module) -> Iterator[tuple[str, StoredWeight]]:
             yield name, cast(StoredWeight, param)
 
 
+def dense_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's `state_dict()` with stored weights as they act, in float32: for files, where codes cannot be.
+
+    `load_state_dict` of a model whose weights are stored codes them anew.
+    """
+    found = model.state_dict()
+    return {
+        name: value.store.dense(torch.float32) if isinstance(value, StoredWeight) else value
+        for name, value in found.items()
+    }
+
+
 def _fits(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear | nn.Conv2d) or isinstance(
         module, nn.modules.linear.NonDynamicallyQuantizableLinear

@@ -104,6 +104,11 @@ def to_bfloat16(x: Tensor, step: int, place: int = 0) -> Tensor:
     return torch.maximum(moved, torch.minimum(moved, x)).to(torch.bfloat16)  # `moved`, and NaN where x is
 
 
+def uniform(like: Tensor, step: int, place: int = 0) -> Tensor:
+    """(...) float32 of [0, 1), evenly over places and steps, by which to round without a bias."""
+    return _dither(like, 24, step, True, place).to(torch.float32).mul_(2.0**-24)
+
+
 def _dither(like: Tensor, bits: int, step: int, signed: bool, place: int = 0) -> Tensor:
     """Whole numbers of so many bits, spread evenly over places and steps."""
     first, width = place * PLACE + step * STEP + signed * SIGNED, 256

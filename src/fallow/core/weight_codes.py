@@ -50,12 +50,19 @@ class Rows:
     def __init__(self, dtype: torch.dtype, top: float, least: float) -> None:
         self.dtype, self.top, self.least = dtype, top, least  # `least`: the smallest code above 0
 
-    def encode(self, matrix: Tensor) -> Parts:
+    def encode(self, matrix: Tensor, dither: Tensor | None = None) -> Parts:
+        """`dither`: of the matrix's shape, evenly in [0, 1): codes are rounded up or down by it, so that their mean
+        over many is the value; for int8.
+        """
         matrix = matrix.float()
         scale = matrix.abs().amax(1) / self.top
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         codes = (matrix / scale[:, None]).clamp_(-self.top, self.top)
-        return {"codes": (codes if self.dtype.is_floating_point else codes.round_()).to(self.dtype), "scale": scale}
+        if dither is not None:
+            codes.add_(dither).floor_()
+        elif not self.dtype.is_floating_point:
+            codes.round_()
+        return {"codes": codes.to(self.dtype), "scale": scale}
 
     def decode(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         out.copy_(parts["codes"]).mul_(parts["scale"][:, None])
@@ -97,9 +104,10 @@ class Plain:
         return None
 
 
+INT8 = Rows(torch.int8, 127.0, 1.0)
 CODES: dict[str, Code] = {
     "fp8": Rows(torch.float8_e4m3fn, 448.0, 2.0**-9),
-    "int8": Rows(torch.int8, 127.0, 1.0),
+    "int8": INT8,
     "nf4": NormalFloat(),
     "plain": Plain(),
 }

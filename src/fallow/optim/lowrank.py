@@ -34,7 +34,7 @@ from fallow.optim.options import check_mode, check_options, with_parts
 from fallow.optim.residuals.residual import Residual
 from fallow.optim.sharing import check_sharded
 from fallow.optim.site import Site, sites_of
-from fallow.optim.writing import check_rounding
+from fallow.optim.writing import check_rounding, check_stored
 
 
 class LowRank(torch.optim.Optimizer):
@@ -114,6 +114,7 @@ class LowRank(torch.optim.Optimizer):
         try:
             check_rounding(group["rounding"], group["params"])
             check_sharded(group)
+            check_stored(sites_of([group], self.state))
         except ConfigError:
             self.param_groups.pop()
             raise

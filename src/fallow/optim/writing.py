@@ -8,18 +8,23 @@ time, and rounded once; `rounding` says how:
     nearest      what is below half a step of the weight's own precision (2^-9 |w| in bfloat16) is lost
     stochastic   bfloat16: up or down, so that the mean over steps is exact (dithered, so a resumed run is the same)
     compensated  what rounding took is kept in a buffer of the same dtype and added to the next move (Kahan)
+
+One that is kept in int8 (`core.stored_weight`, Q-GaLore's) is decoded, moved in float32 and coded again, each row with
+its scale anew; "stochastic" rounds its codes up or down likewise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fallow.core.errors import ConfigError
-from fallow.core.small_floats import to_bfloat16
+from fallow.core.small_floats import to_bfloat16, uniform
+from fallow.core.stored_weight import Store, of_parameter
+from fallow.core.weight_codes import INT8
 from fallow.optim.residuals.residual import Move
 from fallow.optim.site import Site
 
@@ -36,6 +41,23 @@ def check_rounding(rounding: str, params: list[Tensor]) -> None:
         raise ConfigError("rounding='stochastic' is for bfloat16 weights, and some are float16; take 'compensated'")
 
 
+def check_stored(sites: Iterable[Site]) -> None:
+    """ConfigError where a weight that is kept as a code would not be written by `move_weight`, or not well."""
+    for site in sites:
+        store = of_parameter(site.param)
+        if store is None:
+            continue
+        if store.mode != "int8" or store.host is not None or store.index is not None:
+            raise ConfigError(
+                f"{site.name} is kept as {store.mode}, in which all of it cannot be trained; keep it in its own dtype, "
+                "or as int8 on the device (fallow.QGaLore(model, weights='int8'))"
+            )
+        if site.rank is None or site.group["basis"].whole:
+            raise ConfigError(f"{site.name} is kept as int8 and not projected; keep it in its own dtype")
+        if site.group["rounding"] == "compensated":
+            raise ConfigError(f"rounding='compensated' would keep {site.name} dense beside its int8; take 'stochastic'")
+
+
 def begin_rounding(site: Site) -> None:
     """What `compensated` keeps: one number of the weight's dtype for each of its entries."""
     if site.group["rounding"] == "compensated" and site.param.dtype != site.work:
@@ -47,13 +69,16 @@ def move_weight(site: Site, move: Move, lr: Any, decay: Any) -> None:
 
     `lr` may be a tensor on the weight's device; `decay` is the share of W that goes, lr wd.
     """
-    weight = site.data if site.plain else site.weight()
     if move.lift is not None:
         move.lift.mul_(lr)
     if move.along is not None:
         move.along = move.along * lr
     if move.dense is not None:
         move.dense.mul_(lr)
+    if (store := of_parameter(site.param)) is not None:
+        _move_stored(site, store, move, decay)
+        return
+    weight = site.data if site.plain else site.weight()
     if weight.dtype == site.work:
         _move(site, weight, move, decay)
         return
@@ -68,6 +93,23 @@ def move_weight(site: Site, move: Move, lr: Any, decay: Any) -> None:
         own = weight[..., columns] if columns is not None else weight
         place = columns.start * (weight.shape[0] if weight.ndim > 1 else 1) if columns is not None else 0
         rounded_into(site, own, exact, held, place)
+
+
+def _move_stored(site: Site, store: Store, move: Move, decay: Any) -> None:
+    """Decode, move, code a block of rows at a time."""
+    dense = store.dense(site.work)
+    _move(site, site.matrix(dense), move, decay)
+    matrix, parts = dense.view(store.matrix_shape), store.parts
+    assert parts is not None
+    height = max(1, BLOCK.get(dense.device.type, BLOCK_ON_ACCELERATOR) // matrix.shape[1])
+    for start in range(0, matrix.shape[0], height):
+        rows = slice(start, start + height)
+        dither = None
+        if site.group["rounding"] == "stochastic":
+            dither = uniform(matrix[rows], site.state["age"] + site.index, start * matrix.shape[1])
+        for name, part in INT8.encode(matrix[rows], dither).items():
+            parts[name][rows] = part
+    store.fingerprint = ""
 
 
 def rounded_into(site: Site, weight: Tensor, exact: Tensor, lost: Tensor | None, place: int) -> None:
