@@ -8,6 +8,7 @@ whatever a `loss(model, batch)` of the user's takes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from operator import is_
 from typing import Any
 
 import torch
@@ -92,13 +93,15 @@ def named(value: Any) -> str:
 
 
 def moved(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on a device."""
+    """The batch with its tensors on a device; itself where they are there."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {key: moved(value, device) for key, value in batch.items()}
+        held = {key: moved(value, device) for key, value in batch.items()}
+        return batch if all(held[key] is value for key, value in batch.items()) else held
     if type(batch) in (tuple, list):
-        return type(batch)(moved(value, device) for value in batch)
+        parts = [moved(value, device) for value in batch]
+        return batch if all(map(is_, parts, batch)) else type(batch)(parts)
     return batch
 
 

@@ -61,8 +61,8 @@ class Known:
     @property
     def ratios(self) -> Tensor:
         """(p,): the share of the variance that each explains; 0 where nothing varies."""
-        whole = self.scatter.clamp_min(torch.finfo(torch.float64).tiny)
-        found = (self.singular.double().square() / whole).float()
+        whole = self.scatter.clamp_min(torch.finfo(self.scatter.dtype).tiny)
+        found = (self.singular.to(whole.dtype).square() / whole).float()
         # what float32 leaves of a mean that was taken off
         rounding = (self.mean.norm() * self.count**0.5 * torch.finfo(torch.float32).eps).float()
         return torch.where(self.singular > rounding, found, torch.zeros_like(found))
@@ -87,11 +87,12 @@ class Principal:
         """With the rows (T, in) of one more call, float32."""
         if not len(rows):
             return self
-        mean = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+        wide = torch.float32 if rows.device.type == "mps" else torch.float64  # which knows no float64
+        mean = torch.zeros(rows.shape[1], dtype=wide, device=rows.device)
         if self.center:
-            mean = rows.mean(0, dtype=torch.float64)
+            mean = rows.mean(0, dtype=wide)
             rows = rows - mean.float()
-        return self._joined(rows, mean, rows.square().sum(dtype=torch.float64), len(rows), settle)
+        return self._joined(rows, mean, rows.square().sum(dtype=wide), len(rows), settle)
 
     def merged(self, other: Principal) -> Principal:
         """Of the rows of both."""

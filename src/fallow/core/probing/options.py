@@ -24,38 +24,36 @@ Scale = Literal["official", "max_abs", "none"]
 class Options:
     """How statistics are gathered. ConfigError, by name, for what cannot be.
 
-    General
-        max_batches: no more than so many of the batches. train: run in training mode (dropout), the buffers being put
-        back afterwards; else in eval mode. loss_scale: the loss times this, and its gradients divided by it in float32,
-        for models in float16. mask: of padding, the key under which a batch holds it ((B, T), non-zero where tokens
-        count) or what makes one or several such masks of a batch; None for none.
-    "gradient"
-        sketch: k; in place of a gradient (out, in) keep (k out + (2k + 1) in) numbers, where that is less.
-    "input_covariance"
-        scale: what inputs X are divided by: "official" |max X|, "max_abs" max |X|, "none". scale_by: "call", by that of
-        all samples of a call, K counting calls; "sample", each by its own, K counting samples, which makes C the same
-        whatever the batches are.
-    "activation"
-        components: how many directions, q. center: of the inputs about their mean, as in EVA's code; False for its
-        theorem. tolerance: the least cosine between a direction before and after a batch. converged: "component", of
-        each by its number; "subspace", of all together, which equal singular values do not keep from converging.
-        rank: ranks as EVA distributes them, `rank` on average, tell how many components of a layer must have converged;
-        None for all. passes: how often the batches are gone through until they have.
-    Convolutions
-        positions: of each sample so many, drawn at random, for what is gathered of inputs; None for all.
-    "fisher"
-        per_sample: squares of the gradients of single samples, in place of those of a batch's mean. tokens: what counts
-        the label tokens of a batch; by default its labels, without those of -100.
-    "contribution"
-        tuned: the state dict of the same model after training, which must hold the layers' weights. points: of the
-        path, where gradients are taken, in the middle of equal parts.
-    Files
+    Args:
+        max_batches: no more than so many of the batches; None for all.
+        train: run in training mode (dropout), the buffers being put back afterwards; else in eval mode.
+        loss_scale: the loss times this, and its gradients divided by it in float32, for models in float16.
+        mask: of padding: the key under which a batch holds it, (samples, tokens), not 0 where tokens count; or a
+            function that makes one or several such masks of a batch; None for none.
+        sketch: k; in place of a gradient (out, in) keep k out + (2k + 1) in numbers, where that is less.
+        scale: what inputs X are divided by for a covariance: "official" |max X|, "max_abs" max |X|, "none".
+        scale_by: "call", by that of all samples of a call, K counting calls; "sample", each by its own, K counting
+            samples, so that C does not depend on the batches.
+        components: how many directions of a layer's inputs, q.
+        center: the inputs about their mean, as in EVA's code; False for the theorem of its paper.
+        tolerance: the least cosine between a direction before and after a batch, at which it counts as settled.
+        converged: "component", each by its number; "subspace", all together, which equal singular values do not
+            keep from settling.
+        rank: so many components of a layer must settle as EVA gives it of `rank` on average; None for all.
+        passes: how often the batches are gone through, at most, until all have settled.
+        positions: of each sample of a convolution's input so many, drawn at random; None for all.
+        per_sample: the Fisher diagonal of the gradients of single samples, in place of those of a batch's mean.
+        tokens: counts the label tokens of a batch, its weight in the Fisher diagonal; by default its labels but those
+            of -100.
+        tuned: the state dict of the same model after training, with the layers' weights, for the contribution.
+        points: of the path to it, in the middle of equal parts, where gradients are taken.
         cache: a directory; what is found there of the same model, batches and request is returned without a forward
-        pass. data: what the batches are known by there; None to read them through once beforehand. save_every: batches
-        after which a state is written there, from which an interrupted run goes on; 0 for never.
-    The run
-        limit: bytes that may be kept in main memory; more is refused beforehand. progress: show a bar. seed: of
-        sketches, positions and the range finder.
+            pass.
+        data: what the batches are known by there; None to read them through once beforehand.
+        save_every: batches after which a state is written there, from which an interrupted run goes on; 0 for never.
+        limit: bytes that may be kept; what would keep more is refused beforehand.
+        progress: say what is kept, and show a bar.
+        seed: of sketches and positions.
     """
 
     max_batches: int | None = None
