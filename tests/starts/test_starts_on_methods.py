@@ -19,6 +19,7 @@ from fallow.core.errors import ConfigError
 from fallow.core.starting import STARTS
 from fallow.core.statistics import Statistics
 from fallow.deltas._peft import CONFIGS
+from fallow.recipes.convert import convert
 from fallow.starts.orthogonal import Orthogonal
 
 LAYERS = ["conv", "up", "head"]
@@ -221,6 +222,20 @@ def test_pefts_own_file_of_it_has_twice_the_rank_and_the_same_scale(host, method
     layer = theirs.base_model.model.up
     assert layer.r["default"] == 8
     assert layer.scaling["default"] == pytest.approx(deltas(model)[0].scaling)
+
+
+@pytest.mark.parametrize("host", ["own", "peft"])
+@pytest.mark.parametrize(("method", "scaling"), [("lora", "standard"), ("lora", "rslora"), ("dora", ""), ("sora", "")])
+def test_a_saved_file_converts_without_its_model(host, method, scaling, tmp_path):
+    options = {"scaling": scaling} if scaling else {}
+    model, base, x = begun(host, method, "pissa", **options)
+    train(model, x)
+    trained = model.eval()(x).detach()
+    saved(host, model, base, tmp_path / "own")
+    told = convert(tmp_path / "own", "peft", tmp_path / "theirs")
+    assert told["error"] == 0.0
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs").eval()
+    torch.testing.assert_close(theirs(x), trained, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rule", ["LoRAPlus", "LoRAPro", "Riemannian"])

@@ -27,15 +27,10 @@ PLANNED: tuple[tuple[str, str, str, Idea, str], ...] = (
      "finds the new leading directions that mark forgetting, and scales them down"),
     ("loku", "Towards Robust and Parameter-Efficient Knowledge Unlearning for LLMs", "2408.06621", "objective",
      "forgets a given set with a bounded loss, from a start that points at it"),
-    ("lora-ga", "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", "2407.05000", "start and budget",
-     "LoRA starts so that its first update points along the full gradient"),
     ("lora-lego", "Merging LoRAs like Playing LEGO: Pushing the Modularity of LoRA to Extremes Through Rank-Wise "
      "Clustering", "2409.16167", "compose", "many LoRAs into one of a chosen rank, without data"),
     ("lora-limits", "Computational Limits of Low-Rank Adaptation (LoRA) Fine-Tuning for Transformer Models",
      "2406.03136", "analysis", "tells on which side of the norm threshold each attention head lies"),
-    ("lora-sb", "Initialization using Update Approximation is a Silver Bullet for Extremely Efficient Low-Rank "
-     "Fine-Tuning", "2411.19557", "start and budget",
-     "r * r numbers per layer, started from an approximation of the first full update"),
     ("loram", "Train Small, Infer Large: Memory-Efficient LoRA Training for Large Language Models", "2502.13533",
      "compress", "trains on a pruned copy of the base, then runs on the whole one"),
     ("loraprune", "LoRAPrune: Pruning Meets Low-Rank Parameter-Efficient Fine-Tuning", "2305.18403", "compress",

@@ -77,7 +77,7 @@ def meant(
         raise ConfigError(f"{argument}={given!r} does not exist{nearest(str(name), [*known, *none])}")
     cls = known[name]
     if needs := getattr(cls, "needs", ""):
-        raise ConfigError(f"{argument}={name!r} needs data ({needs}), which its name does not bring; give {needs}")
+        raise ConfigError(f"{argument}={name!r} needs data, which its name does not bring; give {needs}")
     try:
         return cls(**told)
     except TypeError:

@@ -336,7 +336,9 @@ def _as_trained(found: Saved, key: str, losses: Losses) -> Factors:
         )
     view, o = view_from(told), cast(Any, layer.options)
     (out, inner), names = view.shape, {"A", "B"} | ({"magnitude"} if found.method.name == "dora" else set())
+    names |= {"start_A", "start_B"} if o.offset else set()
     shapes = {"A": (o.rank, inner), "B": (out, o.rank), "magnitude": (out,)}
+    shapes |= {"start_A": (o.offset, inner), "start_B": (out, o.offset)}
     for name in names | layer.tensors.keys():
         tensor = layer.tensors.get(name)
         if tensor is None or name not in names or tuple(tensor.shape) != shapes[name]:
@@ -350,6 +352,9 @@ def _as_trained(found: Saved, key: str, losses: Losses) -> Factors:
             )
     a, b = layer.tensors["A"], layer.tensors["B"]
     alpha = float(o.rank if o.alpha is None else o.alpha) * (math.sqrt(o.rank) if o.scaling == "rslora" else 1.0)
+    if o.offset:  # what a start took out of W is ranks more at the same scale
+        a, b = torch.cat([a, layer.tensors["start_A"]]), torch.cat([b, -layer.tensors["start_B"]], 1)
+        alpha *= a.shape[0] / o.rank
     made = _factors(told, a, b, alpha)
     if "magnitude" in names:
         return Factors(made.down, made.up, made.alpha, layer.tensors["magnitude"])
