@@ -38,11 +38,11 @@ Part = Literal["first", "last"]
 
 @dataclass(frozen=True)
 class CorDA(Start):
-    """`statistics`: of `fallow.probe(model, batches, want={"input_covariance"})` over the context, 2 tokens for each
-    input of a layer or more. `mode`: "ipa" learns the context first, "kpa" keeps it. `sigma_fuse`: which factor holds
-    the singular values, "UV" both, "U" B, "V" A. `balance`: "paper", in which the size of A against B follows the size
-    of the inputs (C four times as large: A half, B double), or "equal", |A| = |B|. `damp`: d. `tolerance`: None, or how
-    exact an inverse of C_d has to be.
+    """`statistics`: of `fallow.probe(model, batches, want={"input_covariance"}, scale_by="sample")` over the context, 2
+    tokens for each input of a layer or more. `mode`: "ipa" learns the context first, "kpa" keeps it. `sigma_fuse`:
+    which factor holds the singular values, "UV" both, "U" B, "V" A. `balance`: "paper", in which the size of A against
+    B follows the size of the inputs (C four times as large: A half, B double), or "equal", |A| = |B|. `damp`: d.
+    `tolerance`: None, or how exact an inverse of C_d has to be.
     """
 
     name: ClassVar[str] = "corda"
