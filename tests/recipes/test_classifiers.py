@@ -91,6 +91,27 @@ def test_classifiers_of_transformers_come_from_a_folder_with_their_sizes_and_a_n
         make_classifier("vit", CLASSES, 10, 1)
 
 
+def test_a_clip_is_classified_by_its_projected_features(tmp_path: Path):
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**shared, "image_size": 16, "patch_size": 8}
+    whole = CLIPModel(
+        CLIPConfig(text_config={**shared, "vocab_size": 9}, vision_config=vision, projection_dim=8)
+    ).eval()
+    whole.save_pretrained(tmp_path / "clip")
+    CLIPImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "clip")
+    found = make_classifier(str(tmp_path / "clip"), CLASSES, 8, 1)
+    found.network.eval()
+    assert (found.side, found.channels, found.fresh_head) == (16, 3, True)
+    pixels = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        features = whole.get_image_features(pixel_values=found.prepared(pixels))
+        features = getattr(features, "pooler_output", features)
+        torch.testing.assert_close(found.logits(pixels), found.network.classifier(features))
+    assert any(name.endswith("q_proj") for name, _ in found.network.named_modules())
+
+
 def test_batches_are_full_and_each_round_holds_every_picture_once():
     stream = endless(held(torch.zeros(7, 1, 1, 1), torch.zeros(7).long()), 3, seed=0)
     drawn = torch.cat([next(stream) for _ in range(7)])

@@ -6,11 +6,14 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fallow.core.errors import ConfigError, ModelError
+from fallow.recipes.continual import ContinualConfig, continual
 from fallow.recipes.continual_clip import TextClassifier, contrastive_loss
 from fallow.recipes.continual_tasks import TaskSequence
 
@@ -105,6 +108,28 @@ def test_texts_of_the_task_have_gradients_those_of_earlier_ones_are_as_they_were
     TaskSequence(frozen.network, targets=r"vision_model\..*(q_proj|v_proj)", rank=2).start_task("one", steps=10)
     frozen.loss(pixels, labels, classes=[2, 3]).backward()
     assert all("vision_model" in n for n, p in frozen.network.named_parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_a_job_learns_tasks_of_new_classes_by_their_texts(clip: Path, tmp_path: Path, text: bool) -> None:
+    for task, names in (("animals", ("cat", "dog")), ("sea", ("fish", "whale"))):
+        for number, name in enumerate(names):
+            (tmp_path / "data" / task / name).mkdir(parents=True)
+            for at in range(8):
+                pixels = np.random.default_rng(9 * number + at).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / task / name / f"{at}.png")
+    config = ContinualConfig(
+        data=str(tmp_path / "data"), model=str(clip), methods=["codyra:2"], steps=2, lrs=[1e-2], seeds=[0], text=text,
+        resolution=16, batch_size=4, device="cpu", output=tmp_path / "job",
+    )  # fmt: skip
+    (method,) = json.loads((continual(config) / "results.json").read_text())["methods"]
+    (run,) = method["runs"]
+    assert run["failed"] == ""
+    encoders = {name.partition(".")[0] for name in run["ranks"][0]}
+    assert encoders == ({"vision_model", "text_model"} if text else {"vision_model"})
+    parts = {name.rpartition(".")[2] for name in run["ranks"][0]}
+    assert parts == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
+    assert np.array(run["matrix"]).shape == (3, 2)
 
 
 def test_a_template_without_a_place_and_a_folder_without_a_model_are_refused(clip: Path, tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
     mlp          pixels - 128 - 128 - 128 - classes
     vit          transformers' ViT: 3 layers of 48, patches of a quarter of the side
     garment-net  the judge of 32 x 32 garments that ships; its statistics of batches stay as they are
-    PATH         an image classifier of transformers, by folder or hub id; a new classifier where the classes are others
+    PATH         an image classifier of transformers, by folder or hub id, with a new classifier where the classes are
+                 others; or a CLIP, with a new one on its projected features, as PEGO has it
 
 A network is adapted as any other model; here stands only how to ask it, to teach it and to count what it knows.
 """
@@ -58,6 +59,20 @@ class Garments(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         logits: Tensor = self.classifier(self.body(pixels * 2 - 1))
+        return logits
+
+
+class ClipFeatures(nn.Module):
+    """The image side of transformers' CLIP, its class token projected, and a linear classifier of that by chance."""
+
+    def __init__(self, clip: Any, classes: int) -> None:
+        super().__init__()
+        self.vision_model, self.visual_projection = clip.vision_model, clip.visual_projection
+        self.classifier = nn.Linear(clip.visual_projection.out_features, classes)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features = self.visual_projection(self.vision_model(pixel_values=pixels).pooler_output)
+        logits: Tensor = self.classifier(features)
         return logits
 
 
@@ -167,10 +182,19 @@ def _small_vit(classes: int, side: int, channels: int) -> nn.Module:
 
 
 def _of_transformers(model: str, classes: Sequence[str]) -> Classifier:
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModelForImageClassification,
+        CLIPModel,
+    )
 
     try:
-        network: Any = AutoModelForImageClassification.from_pretrained(model, use_safetensors=True)
+        network: Any
+        if is_clip := AutoConfig.from_pretrained(model).model_type == "clip":
+            network = CLIPModel.from_pretrained(model, use_safetensors=True)
+        else:
+            network = AutoModelForImageClassification.from_pretrained(model, use_safetensors=True)
         told = preparation(AutoImageProcessor.from_pretrained(model).to_dict())
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -180,6 +204,11 @@ def _of_transformers(model: str, classes: Sequence[str]) -> Classifier:
         ) from None
     side = getattr(getattr(network.config, "vision_config", network.config), "image_size", None)
     side = told["side"] if side is None else side if isinstance(side, int) else side[0]
+    if is_clip:
+        clip = ClipFeatures(network, len(classes))
+        found = Classifier(clip, "classifier", side, len(told["mean"]), told["mean"], told["std"])
+        found.fresh_head = True
+        return found
     found = Classifier(network, _head_of(network), side, len(told["mean"]), told["mean"], told["std"])
     names = [network.config.id2label[at] for at in range(network.config.num_labels)]
     if names != list(classes):

@@ -67,7 +67,8 @@ class ContinualConfig(BaseModel):
     options: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Arguments of single methods.")
     targets: list[str] = Field(
         default_factory=list,
-        description="Layers to adapt: all-linear, all-layers, or names; all-layers for garment-net, else all-linear.",
+        description="Layers to adapt: all-linear, all-layers, or names. If not given: attention and MLP of a CLIP, all "
+        "layers of garment-net, else all-linear.",
     )
     lrs: list[float] = Field([3e-3, 1e-2, 3e-2], min_length=1, description="Learning rates that each method tries.")
     gate_factors: dict[str, float] = Field(
@@ -268,6 +269,8 @@ class _Job:
     def _sequence(self, contestant: Contestant, classifier: Classifier, folder: Path | None) -> TaskSequence:
         given = self.config.targets or ["all-layers" if self.config.network == "garment-net" else "all-linear"]
         targets: Any = given[0] if given[0] in ("all-linear", "all-layers") else given
+        if not self.config.targets and isinstance(classifier, TextClassifier):
+            targets = classifier.targets
         fresh = classifier.fresh_head
         rank = contestant.rank
         times = int(contestant.options.get("group", 4)) if contestant.method == "pego" else 1

@@ -62,6 +62,12 @@ class TextClassifier(Classifier):
         self.tokens = {name: tokens[name] for name in ("input_ids", "attention_mask")}
         self.known: Tensor | None = None  # (K, d), without gradient
 
+    @property
+    def targets(self) -> str:
+        """The linear layers of attention and MLP in the encoders that are trained: a pattern of their names."""
+        encoders = "vision_model|text_model" if self.adapts_text else "vision_model"
+        return rf"(?:.*\.)?(?:{encoders})\..*\.(?:[qkv]_proj|out_proj|fc[12])"
+
     def texts(self, index: Sequence[int] | None = None) -> Tensor:
         """(k, d): normalised features of these classes' texts; of all where none are named."""
         kept = slice(None) if index is None else torch.tensor(index)
