@@ -288,6 +288,28 @@ def test_broken_files_and_folders_in_use_are_refused(tmp_path) -> None:
         TaskSequence.load(base, tmp_path / "tasks")
 
 
+def test_starts_that_keep_the_model_and_ranks_of_a_budget_are_merged_and_taken_back(tmp_path) -> None:
+    model, x = network(), torch.randn(5, 12)
+    before, start = model(x), weights(model)
+    tasks = TaskSequence(
+        model, "lora", rank=3, start="pissa", budget=fallow.Uniform({"2": 2}), folder=tmp_path / "tasks"
+    )
+    tasks.start_task("one")
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+    for one in held_adapter(model, ADAPTER).deltas:
+        with torch.no_grad():
+            one.delta.B.mul_(1.5)
+    trained = model(x)
+    assert not torch.allclose(trained, before, atol=1e-2)
+    task = tasks.end_task()
+    assert task.ranks == {"0": 6, "2": 4}  # B A - B0 A0
+    torch.testing.assert_close(model(x), trained, rtol=1e-5, atol=1e-5)
+    tasks.remove_task("one")
+    for weight, first in zip(weights(model), start, strict=True):
+        torch.testing.assert_close(weight, first, rtol=1e-5, atol=1e-5)
+    assert TaskSequence.load(network(), tmp_path / "tasks").how["start"] == "pissa"
+
+
 def test_mistakes_are_told_by_name_and_change_nothing() -> None:
     model, x = network(), torch.randn(2, 12)
     before = model(x)

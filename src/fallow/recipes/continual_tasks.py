@@ -88,9 +88,10 @@ class Task:
 class TaskSequence:
     """The tasks that a model has learned, in their order, in `tasks`; see the top of this file.
 
-    `method`, `targets`, `exclude`, `patterns`, `fused`, `options`: as of `fallow.attach`; `fused={"in_proj_weight": 3}`
-    gives query, key and value of a packed attention a rank each. `whole`: names of parameters that are trained in full
-    beside, such as a classifier's. `folder`: where each task is kept as a file; it must be empty, or not there.
+    `method`, `targets`, `exclude`, `patterns`, `fused`, `options`: as of `fallow.attach`, its `start`, `budget` and
+    `objective` too; `fused={"in_proj_weight": 3}` gives query, key and value of a packed attention a rank each.
+    `whole`: names of parameters that are trained in full beside, such as a classifier's. `folder`: where each task is
+    kept as a file; it must be empty, or not there.
     ConfigError, ModelError for what cannot be, before anything is written.
     """
 
@@ -309,7 +310,8 @@ class TaskSequence:
     def _write_list(self, names: Sequence[str] | None = None) -> None:
         """sequence.json: the tasks in their order, and the weights that they began from."""
         listed = list(self.tasks if names is None else names)
-        how = {**self.how, "method": self.method, "whole": self.whole, "seed": self.seed}
+        how = {name: value for name, value in self.how.items() if _is_plain(value)}  # no start that holds statistics
+        how |= {"method": self.method, "whole": self.whole, "seed": self.seed}
         told = {"format": FORMAT, "version": 1, "how": how, "tasks": listed, "base": self._known}
         write_json((self.folder or Path()) / FILE, told)
 
@@ -369,6 +371,14 @@ class TaskSequence:
     def _needs_none(self, what: str) -> None:
         if self.open is not None:
             raise ConfigError(f"{what}: task '{self.open}' is open; call end_task() or abandon_task() first")
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _factors(key: str, delta: Delta) -> list[tuple[str, tuple[Tensor, Tensor]]]:
