@@ -8,6 +8,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 import fallow
+from fallow.core.quantized import quantize_
 from fallow.core.views import view_of
 from observed import components_of, covariance_of, layer_inputs, observed
 
@@ -126,3 +127,63 @@ def test_what_the_probe_finds_gives_the_starts_of_the_equations():
         c = wanted[name].covariance
         u = torch.linalg.svd((w @ (c + 0.01 * c.diagonal().mean() * torch.eye(len(c)))).double())[0][:, :3]
         torch.testing.assert_close(delta.B @ delta.A, (u @ u.T @ w.double()).float(), atol=1e-4, rtol=1e-3)
+
+
+METHODS = {
+    "dora": {"rank": 4},
+    "sora": {"rank": 4, "threshold": 0.0},
+    "codyra": {"rank": 4, "max_kappa": 0.0},
+    "dylora": {"rank": 4, "update": "full"},
+    "pego": {"rank": 2, "group": 2},
+}
+
+
+def small():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 20))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@starts
+def test_other_methods_with_a_pair_start_as_the_base_and_come_back_from_their_file(method, start, tmp_path):
+    want, options = STARTS[start]
+    x = torch.randn(80, 16)
+    given = options(fallow.probe(small(), x.split(20), want=want))
+    if method == "pego":
+        given.pop("budget", None)  # whose rank is one of a group
+    model = fallow.attach(small(), method, ["0", "2"], **METHODS[method], **given).eval()
+    torch.testing.assert_close(model(x), small()(x), atol=1e-5, rtol=1e-4)
+    for delta in deltas(model):
+        delta.randomize()
+    said = model(x)
+    assert (said - small()(x)).abs().max() > 1e-3
+    fallow.save(model, tmp_path / "it")
+    assert torch.equal(fallow.load(small(), tmp_path / "it").eval()(x), said)
+
+
+@pytest.mark.parametrize("mode", ["int8", "nf4"])
+@starts
+def test_quantised_bases_need_forward_passes_alone(mode, start):
+    def base():
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+        quantize_(net, mode)
+        return net
+
+    want, options = STARTS[start]
+    x = torch.randn(200, 64)
+    model = fallow.attach(base(), "lora", rank=4, **options(fallow.probe(base(), x.split(100), want=want)))
+    torch.testing.assert_close(model(x), base()(x), atol=1e-4, rtol=1e-4)
+    first = deltas(model)[0]
+    if "eva" not in start:
+        u = torch.linalg.qr(first.B)[0]
+        w = first.B @ first.A
+        torch.testing.assert_close(u @ u.T @ w, w, atol=1e-5, rtol=1e-4)
+        assert w.norm() > 0.01
+
+
+def test_layers_without_inputs_in_numbers_are_refused_by_name(tiny_gpt2):
+    found = fallow.probe(language_model(tiny_gpt2), text(0), want={"activation", "input_covariance"})
+    for start in (fallow.EVA(found), fallow.CorDA(found)):
+        with pytest.raises(fallow.DataError, match=r"'transformer\.wte' is not among the 8 layers of these statistics"):
+            attached("own", language_model(tiny_gpt2), ["wte"], rank=4, start=start)

@@ -13,7 +13,7 @@ residual W - B0 S0 A would not be, in bf16) and weight decay draws to W, not to 
 trained throughout; of B, floor(r t / T_i) columns are frozen at step t (from 0), T_i = freeze * total, from the
 largest singular value on. The paper's text could not be read in full: the split of s and this order are options.
 
-LaMDA++, a rank for each layer from the spectra alone, is `fallow.core.spectra.ranks_by_energy`.
+LaMDA++, a rank for each layer from the spectra alone, is the budget `fallow.LaMDARanks`.
 """
 
 from __future__ import annotations
