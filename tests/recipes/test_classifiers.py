@@ -10,7 +10,15 @@ from torch import nn
 
 import fallow.deltas  # noqa: F401  # makes the names of the methods known
 from fallow.core.errors import ModelError
-from fallow.recipes.classifiers import Classifier, endless, fitting_ranks, make_classifier, teach, to_training
+from fallow.recipes.classifiers import (
+    Classifier,
+    endless,
+    fitting_ranks,
+    make_classifier,
+    own_side,
+    teach,
+    to_training,
+)
 from fallow.recipes.labelled import GARMENTS, held, styles
 
 CLASSES = ["a", "b", "c"]
@@ -74,6 +82,7 @@ def test_classifiers_of_transformers_come_from_a_folder_with_their_sizes_and_a_n
     names = [network.config.id2label[at] for at in range(5)]
     same = make_classifier(str(tmp_path / "vit"), names, 8, 1)
     assert (same.side, same.channels, same.head, same.fresh_head) == (16, 3, "classifier", False)
+    assert [own_side(str(tmp_path / name)) for name in ("vit", "none")] == [16, 32]
     assert same.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
     pixels = torch.rand(2, 3, 16, 16)
     network.eval()

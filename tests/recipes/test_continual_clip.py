@@ -120,7 +120,7 @@ def test_a_job_learns_tasks_of_new_classes_by_their_texts(clip: Path, tmp_path: 
                 Image.fromarray(pixels).save(tmp_path / "data" / task / name / f"{at}.png")
     config = ContinualConfig(
         data=str(tmp_path / "data"), model=str(clip), methods=["codyra:2"], steps=2, lrs=[1e-2], seeds=[0], text=text,
-        resolution=16, batch_size=4, device="cpu", output=tmp_path / "job",
+        batch_size=4, device="cpu", output=tmp_path / "job",
     )  # fmt: skip
     (method,) = json.loads((continual(config) / "results.json").read_text())["methods"]
     (run,) = method["runs"]

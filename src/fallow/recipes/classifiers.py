@@ -167,6 +167,20 @@ def make_classifier(model: str, classes: Sequence[str], side: int, channels: int
     return _of_transformers(model, classes)
 
 
+def own_side(model: str) -> int:
+    """The side of the pictures that a network takes; 32 for what has none or cannot be read."""
+    if model in (*SMALL, "garment-net"):
+        return 32
+    from transformers import AutoConfig
+
+    try:
+        config: Any = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError):
+        return 32
+    side = getattr(getattr(config, "vision_config", config), "image_size", None) or 224
+    return int(side if isinstance(side, int) else side[0])
+
+
 def _small_vit(classes: int, side: int, channels: int) -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -202,8 +216,8 @@ def _of_transformers(model: str, classes: Sequence[str]) -> Classifier:
             f"model={model} is no image classifier that can be loaded ({reason}); give mlp, vit, garment-net, or the "
             "folder or hub id of one that transformers knows, with safetensors"
         ) from None
-    side = getattr(getattr(network.config, "vision_config", network.config), "image_size", None)
-    side = told["side"] if side is None else side if isinstance(side, int) else side[0]
+    known = getattr(getattr(network.config, "vision_config", network.config), "image_size", None)
+    side = told["side"] if known is None else own_side(model)
     if is_clip:
         clip = ClipFeatures(network, len(classes))
         found = Classifier(clip, "classifier", side, len(told["mean"]), told["mean"], told["std"])

@@ -35,7 +35,16 @@ from fallow.core.accompany import condition
 from fallow.core.errors import ConfigError, TrainingError
 from fallow.core.files import write_json
 from fallow.recipes import run_directory
-from fallow.recipes.classifiers import SMALL, Classifier, endless, fitting_ranks, make_classifier, teach, to_training
+from fallow.recipes.classifiers import (
+    SMALL,
+    Classifier,
+    endless,
+    fitting_ranks,
+    make_classifier,
+    own_side,
+    teach,
+    to_training,
+)
 from fallow.recipes.contestants import Contestant, contestants, once, spread, take_folder
 from fallow.recipes.continual_clip import TEMPLATE, TextClassifier
 from fallow.recipes.continual_data import TaskList, task_list
@@ -84,7 +93,9 @@ class ContinualConfig(BaseModel):
     base_steps: int = Field(1000, ge=1, description="Steps in which mlp and vit are taught what they know before.")
     template: str = Field(TEMPLATE, description="Of a CLIP: the text of a class.")
     text: bool = Field(True, description="Of a CLIP: adapt the text encoder too.")
-    resolution: int = Field(32, ge=8, description="Side of the pictures of a folder, in pixels.")
+    resolution: int | None = Field(
+        None, ge=8, description="Side of the pictures of a folder, in pixels; the network's own if not given, or 32."
+    )
     garments: Path = Field(
         Path("/usr/share/datasets/fashion-mnist"), description="Folder of Fashion-MNIST, for garments-digits."
     )
@@ -145,7 +156,8 @@ class _Job:
     def _prepare(self, seed: int) -> tuple[Classifier, TaskList]:
         """The network as it is before the first task, and the tasks."""
         config = self.config
-        listed = task_list(config.data, seed, config.garments, config.resolution, config.order, config.source)
+        side = config.resolution or own_side(config.network)
+        listed = task_list(config.data, seed, config.garments, side, config.order, config.source)
         torch.manual_seed(seed)
         if _is_clip(config.network):
             classifier: Classifier = TextClassifier(config.network, listed.classes, config.template, config.text)

@@ -40,7 +40,7 @@ from fallow.core.host.targets import spots
 from fallow.deltas import attach
 from fallow.deltas.pego import PEGO
 from fallow.recipes import run_directory
-from fallow.recipes.classifiers import SMALL, Classifier, fitting_ranks, make_classifier, teach, to_training
+from fallow.recipes.classifiers import SMALL, Classifier, fitting_ranks, make_classifier, own_side, teach, to_training
 from fallow.recipes.contestants import Contestant, contestants, once, spread, take_folder
 from fallow.recipes.generalise_average import Averaged, Stretch, Valley, put
 from fallow.recipes.generalise_domains import BUILT_IN, DomainBatches, DomainSet, augmented, domain_set
@@ -85,7 +85,9 @@ class GeneraliseConfig(BaseModel):
     ema_decay: float = Field(0.999, ge=0, lt=1, description="How slowly that average moves.")
     augment: bool | None = Field(None, description="Crop, mirror and recolour; on for folders when not given.")
     base_steps: int = Field(2500, ge=1, description="Steps in which mlp and vit are taught what they know before.")
-    resolution: int = Field(32, ge=8, description="Side of the pictures of a folder, in pixels.")
+    resolution: int | None = Field(
+        None, ge=8, description="Side of the pictures of a folder, in pixels; the network's own if not given, or 32."
+    )
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="Seeds of all chance; the first chooses the rates.")
     output: Path | None = Field(None, description="Folder of the job; runs/generalise-<data>-<n> when not given.")
     device: str | None = Field(None, description="cpu, cuda, ...; the best there is when not given.")
@@ -139,7 +141,8 @@ class _Job:
     def _prepare(self, seed: int) -> tuple[Classifier, DomainSet]:
         """The network as it is before it is adapted, and the domains."""
         config = self.config
-        found = domain_set(config.data, seed, config.resolution, config.domains)
+        side = config.resolution or own_side(config.network)
+        found = domain_set(config.data, seed, side, config.domains)
         for name in config.sources:
             if name not in found.names:
                 raise ConfigError(f"sources names '{name}', which is no domain{nearest(name, found.names)}")
