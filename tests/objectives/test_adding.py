@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
@@ -222,6 +222,26 @@ def test_a_penalty_of_the_weights_is_added_before_the_step_by_either_host(hosted
     for name, grad in zip(names, torch.autograd.grad(wanted, [params[name] for name in names]), strict=True):
         torch.testing.assert_close(steps[0][name] - steps[1][name], -grad, rtol=1e-3, atol=1e-5)
         assert grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("told", ["orthonormal", LowRankChange(0.3), [LowRankChange(0.3), "weight-perturbation"]])
+@pytest.mark.parametrize("hosted", ["own", "peft"])
+def test_a_loaded_adapter_that_is_trained_on_has_its_penalty_again(hosted, told, tmp_path):
+    model = language_model(hosted=hosted, objective=told)
+    torch.manual_seed(0)
+    if hosted == "own":
+        fallow.save(model, tmp_path / "adapter")
+        again = fallow.load(GPT2LMHeadModel(model.config), tmp_path / "adapter")
+        fallow.save(again, tmp_path / "twice")
+        told_twice = [(tmp_path / name / "adapter_config.json").read_text() for name in ("adapter", "twice")]
+        assert told_twice[0] == told_twice[1]
+    else:
+        model.save_pretrained(tmp_path / "adapter")
+        again = PeftModel.from_pretrained(
+            GPT2LMHeadModel(model.base_model.model.config), tmp_path / "adapter", is_trainable=True
+        )
+    assert fallow.penalty(model) > 0
+    torch.testing.assert_close(fallow.penalty(again), fallow.penalty(model))
 
 
 def test_the_loops_of_the_documentation_train():

@@ -88,6 +88,8 @@ def said_of(given: Any) -> Any:
     """What files say of a start, a budget or an objective: its name, and its options that JSON can hold."""
     if given is None or isinstance(given, str | Mapping):
         return given
+    if isinstance(given, list | tuple):
+        return [said_of(one) for one in given]
     if hasattr(given, "told"):
         return given.told()
     own = dataclasses.fields(given) if dataclasses.is_dataclass(given) else ()

@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fallow.core.accompany import penalty_of
 from fallow.core.delta import REGISTRY, Delta, make_options
 from fallow.core.distributed import rank
 from fallow.core.errors import AdapterError, ConfigError, nearest
@@ -141,7 +142,9 @@ def load(model: nn.Module, path: str | Path, name: str = "default", *, force: bo
     planned = _planned(file, told, model, every, force)
     try:
         common = dataclasses.asdict(make_options(method, told["options"]))
-        spec = Spec(method.name, common, told["seed"], "step")
+        begun: dict[str, Any] = {key: told[key] for key in ("start", "budget", "objective") if key in told}
+        objective = penalty_of(begun.get("objective"))
+        spec = Spec(method.name, common, told["seed"], "step", begun)
         plan = [(spot, {**common, **own}) for spot, own, _ in planned]
         blocks = {id(spot.parameter()): held for spot, _, held in planned if held is not None}
         made = prepare(model, method, plan, every, name, spec, fresh=False, blocks=blocks)
@@ -150,7 +153,7 @@ def load(model: nn.Module, path: str | Path, name: str = "default", *, force: bo
     if len(made.deltas) != len(planned):
         raise AdapterError(f"{file} adapts weights one by one that are shared in this {type(model).__name__}")
     _fill(file, made, tensors)
-    install(model, made, every)
+    install(model, made, every, objective=objective)
     finish(model, name)
     return model
 
