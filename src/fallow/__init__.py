@@ -82,9 +82,11 @@ if TYPE_CHECKING:
     from fallow.optim.riemannian import Riemannian
     from fallow.optim.trion import Trion
     from fallow.recipes.adapter_files import save_adapter
+    from fallow.recipes.continual_tasks import TaskSequence
     from fallow.recipes.formats.from_peft import from_peft
     from fallow.recipes.formats.plain_lora import to_lora
     from fallow.recipes.formats.to_peft import to_peft
+    from fallow.recipes.generalise_domains import DomainBatches
     from fallow.selection.largest import Largest
     from fallow.selection.lt_sft import LTSFT
     from fallow.selection.peft_config import SaRAConfig, SHiRAConfig
@@ -125,6 +127,7 @@ __all__ = [
     "DCTAdamW",
     "DataError",
     "Delta",
+    "DomainBatches",
     "EVARanks",
     "FallowError",
     "FeatureDistillation",
@@ -161,6 +164,7 @@ __all__ = [
     "Selective",
     "SparseDelta",
     "Statistics",
+    "TaskSequence",
     "TrainingError",
     "Trion",
     "Uniform",
@@ -211,6 +215,7 @@ _HOME = {
     "DCTAdamW": "fallow.optim.dct_adamw",
     "DataError": "fallow.core.errors",
     "Delta": "fallow.core.delta",
+    "DomainBatches": "fallow.recipes.generalise_domains",
     "EVA": "fallow.starts.eva",
     "EVARanks": "fallow.budgets.eva",
     "FILA": "fallow.starts.fila",
@@ -253,6 +258,7 @@ _HOME = {
     "Selective": "fallow.selection.selective",
     "SparseDelta": "fallow.core.sparse",
     "Statistics": "fallow.core.statistics",
+    "TaskSequence": "fallow.recipes.continual_tasks",
     "TrainingError": "fallow.core.errors",
     "Trion": "fallow.optim.trion",
     "Uniform": "fallow.budgets.uniform",

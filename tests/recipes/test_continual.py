@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -265,3 +266,16 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path) -> None:
     refused = CliRunner().invoke(app, ["continual", "--steps", "0"])
     assert refused.exit_code == 2
     assert "--steps 0" in refused.stderr
+
+
+def test_the_walkthrough_learns_keeps_and_takes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "walkthroughs" / "continual.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(block.replace("range(100)", "range(4)").replace("steps=100", "steps=4"), names)
+    assert list(names["tasks"].tasks) == ["animals", "cars"]
+    assert sorted(path.name for path in (tmp_path / "tasks").iterdir()) == [
+        "animals.safetensors", "cars.safetensors", "sequence.json",
+    ]  # fmt: skip
+    assert type(names["network"][0]) is torch.nn.Linear
