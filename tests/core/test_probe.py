@@ -184,6 +184,7 @@ MISTAKES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("ranks", {"want": "activation", "rank": 20}, ConfigError, "rank=20 is above components=16"),
     ("empty", {"want": "gradient", "batches": []}, DataError, "batches is empty"),
     ("none", {"want": "gradient", "batches": None}, ConfigError, "batches is a NoneType"),
+    ("closure", {"want": "gradient", "batches": [lambda m: m(0)]}, ConfigError, "cannot tell batches apart"),
     ("targets", {"want": "gradient", "targets": ["qq"]}, ConfigError, "'qq' matches no weight"),
     ("tensor", {"want": "gradient", "batches": [torch.randn(2, 6, 12)]}, ConfigError, "no loss of a batch that is a T"),
     ("triple", {"want": "input_covariance", "batches": [(1, 2, 3)]}, ConfigError, "a tuple of 3"),

@@ -247,11 +247,15 @@ def test_what_is_computed_again_for_the_backward_does_not_count() -> None:
 
 
 def test_torchs_fast_path_does_not_hide_the_layers_of_an_encoder() -> None:
-    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
-    stats = probe(encoder, [torch.randn(2, 5, 8)], "input_covariance")
-    assert stats["linear1"].calls == 1
-    assert stats.missing == ("self_attn.in_proj_weight", "self_attn.out_proj")
-    assert not stats["self_attn.in_proj_weight"].shows_input
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1).eval()
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])  # with which it would pack its tokens
+    stats = probe(
+        encoder, [torch.randn(2, 5, 8)], "input_covariance", lambda m, x: m(x, src_key_padding_mask=padding).sum(),
+        mask=lambda batch: ~padding,
+    )  # fmt: skip
+    assert (stats["layers.0.linear1"].calls, stats["layers.0.linear1"].tokens) == (1, 8)
+    assert stats.missing == ("layers.0.self_attn.in_proj_weight", "layers.0.self_attn.out_proj")
+    assert not stats["layers.0.self_attn.in_proj_weight"].shows_input
 
 
 def test_a_quantised_base_shows_its_inputs_and_its_gradients() -> None:
