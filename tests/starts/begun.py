@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fallow
-import fallow.starts  # which makes them known
+import fallow.deltas  # which makes methods and starts known
 from fallow.core.delta import Delta, Site, make_options, method_of
 from fallow.core.starting import Start, begin
 from fallow.core.statistics import LayerStatistics, Statistics

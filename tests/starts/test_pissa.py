@@ -79,6 +79,28 @@ def test_the_randomised_decomposition_misses_little_and_the_exact_one_nothing(fa
     assert missed[False] <= least * (1 + most)
 
 
+@pytest.mark.parametrize("shape", [(340, 300), (300, 340), (300, 300)])
+@pytest.mark.parametrize("fall", [0.0, 1.0])
+def test_inverse_iterations_find_nearly_the_least_part_and_the_exact_way_all_of_it(shape, fall):
+    values = torch.arange(1, 301, dtype=torch.float64) ** -fall
+    weight = with_singular_values(*shape, values) if fall else torch.randn(*shape)
+    least = float(torch.linalg.svdvals(weight.double())[-16:].norm())
+    near, exact = (product(MiLoRA(exact=exact), weight, 16, 1.0) for exact in (False, True))
+    assert float(exact.norm()) == pytest.approx(least, rel=1e-3)
+    assert float(near.norm()) <= 1.02 * least
+    taken, rest = near.double(), weight.double() - near.double()
+    shared = taken.T @ rest if shape[0] <= shape[1] else taken @ rest.T  # a projection, though of nearly those vectors
+    assert float(shared.abs().max()) < 1e-4
+    assert float(torch.linalg.svdvals(taken)[16:].max()) < 1e-5
+
+
+def test_the_least_directions_of_a_large_weight_of_low_rank_are_those_where_it_is_zero():
+    weight = with_singular_values(340, 300, torch.linspace(2, 1, 200, dtype=torch.float64))
+    pair = MiLoRA().pair(site_of(linear(weight)), 8, 1.0)
+    assert float((pair.b @ pair.a).abs().max()) < 1e-5
+    assert bool((pair.a.norm(dim=1) > 1e-2).all())
+
+
 @pytest.mark.parametrize(
     ("name", "transposed"),
     [("pissa", False), ("pissa", True), ("olora", False)],  # PEFT's OLoRA takes a Conv1D's weight for its matrix

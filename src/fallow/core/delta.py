@@ -88,7 +88,7 @@ class Site:
         if weight.is_meta:
             raise ModelError(f"'{self.name}' is on the meta device and has no values; load the base weights first")
         weight = self.view.read(weight).to(self.dtype, copy=True)
-        if not bool(torch.isfinite(weight).all()):
+        if not all_finite(weight):
             raise ModelError(f"the weight of '{self.name}' holds NaN or infinite values; mend the base or exclude it")
         return weight
 
@@ -109,10 +109,16 @@ def refuse_not_finite(key: str, weight: Tensor) -> None:
     """ModelError where a weight holds NaN or infinite values, if they can be seen: not of coded weights."""
     if type(weight.data) is not Tensor or weight.is_meta or not weight.is_floating_point() or not weight.numel():
         return
-    if weight.dtype.itemsize > 1:
-        low, high = torch.aminmax(weight.detach())
-        if not bool(torch.isfinite(high) & torch.isfinite(low)):
-            raise ModelError(f"the weight of '{key}' holds NaN or infinite values; mend the base or exclude it")
+    if weight.dtype.itemsize > 1 and not all_finite(weight.detach()):
+        raise ModelError(f"the weight of '{key}' holds NaN or infinite values; mend the base or exclude it")
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds no NaN and nothing infinite; without a temporary of its size."""
+    if not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(high) & torch.isfinite(low))
 
 
 @dataclasses.dataclass(kw_only=True)

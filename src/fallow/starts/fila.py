@@ -77,9 +77,11 @@ class FILA(Start):
     def importance(self, site: Site) -> Tensor:
         """d (out,), float64, on the CPU."""
         forget, retain = (cast(Tensor, found.at(site, "fisher").fisher) for found in (self.forget, self.retain))
-        epsilon = self.absolute if self.official else (self.epsilon or 0.1) * float(retain.mean(dtype=torch.float64))
-        ratio = forget / (retain + epsilon) if epsilon else forget  # data to be kept that does not reach this layer
-        d = ratio.sum(1, dtype=torch.float64).sqrt()
+        epsilon = self.absolute if self.official else (self.epsilon or 0.1) * float(retain.mean())
+        if epsilon:
+            d = (retain + epsilon).reciprocal_().mul_(forget).sum(1).double().sqrt()
+        else:  # data to be kept that does not reach this layer
+            d = forget.sum(1).double().sqrt()
         return d if self.official else d / d.square().mean().sqrt().clamp_min(torch.finfo(d.dtype).tiny)
 
     def taken(self, d: Tensor) -> Tensor:
