@@ -59,6 +59,7 @@ EXAMPLES: dict[str, Example] = {
     "adalora": Example("rank=8", "1e-3", lora=""),
     "bone": Example("rank=64", "1e-3", lora=""),
     "codyra": Example("rank=16", told=True, at_steps="lets gates fall", lora=""),
+    "diffora": Example("rank=8, alpha=16", lora=""),
     "dora": Example("rank=8, alpha=16"),
     "dylora": Example(
         'rank=8, update="full"',

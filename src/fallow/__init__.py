@@ -21,6 +21,7 @@ from fallow.core.on_import import after_import
 if TYPE_CHECKING:
     from fallow.budgets.adalora import AdaLoRARanks
     from fallow.budgets.colora import CoLoRARanks
+    from fallow.budgets.diffora import DiffoRARanks
     from fallow.budgets.eva import EVARanks
     from fallow.budgets.increlora import IncreLoRA
     from fallow.budgets.lamda import LaMDARanks
@@ -86,6 +87,8 @@ if TYPE_CHECKING:
     from fallow.recipes.formats.from_peft import from_peft
     from fallow.recipes.formats.plain_lora import to_lora
     from fallow.recipes.formats.to_peft import to_peft
+    from fallow.recipes.module_search import search_modules
+    from fallow.report.ranks import rank_figure
     from fallow.recipes.generalise_domains import DomainBatches
     from fallow.selection.largest import Largest
     from fallow.selection.lt_sft import LTSFT
@@ -127,6 +130,7 @@ __all__ = [
     "DCTAdamW",
     "DataError",
     "Delta",
+    "DiffoRARanks",
     "DomainBatches",
     "EVARanks",
     "FallowError",
@@ -188,8 +192,10 @@ __all__ = [
     "penalty",
     "probe",
     "probe_bytes",
+    "rank_figure",
     "save",
     "save_adapter",
+    "search_modules",
     "set_scale",
     "step",
     "to_lora",
@@ -215,6 +221,7 @@ _HOME = {
     "DCTAdamW": "fallow.optim.dct_adamw",
     "DataError": "fallow.core.errors",
     "Delta": "fallow.core.delta",
+    "DiffoRARanks": "fallow.budgets.diffora",
     "DomainBatches": "fallow.recipes.generalise_domains",
     "EVA": "fallow.starts.eva",
     "EVARanks": "fallow.budgets.eva",
@@ -282,8 +289,10 @@ _HOME = {
     "penalty": "fallow.core.accompany",
     "probe": "fallow.core.probe",
     "probe_bytes": "fallow.core.probe",
+    "rank_figure": "fallow.report.ranks",
     "save": "fallow.core.host",
     "save_adapter": "fallow.recipes.adapter_files",
+    "search_modules": "fallow.recipes.module_search",
     "set_scale": "fallow.core.host",
     "step": "fallow.core.schedule",
     "to_lora": "fallow.recipes.formats.plain_lora",

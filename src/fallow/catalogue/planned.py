@@ -15,8 +15,6 @@ PLANNED: tuple[tuple[str, str, str, Idea, str], ...] = (
      "several LoRAs in one picture, one leading at a time, the others from a cache"),
     ("colora", "Contribution-based Low-Rank Adaptation with Pre-training Model for Real Image Restoration",
      "2408.01099", "start and budget", "image restoration: rank where a degradation needs it"),
-    ("diffora", "DiffoRA: Enabling Parameter-Efficient LLM Fine-Tuning via Differential Low-Rank Matrix Adaptation",
-     "2502.08905", "start and budget", "a differentiable search for the modules that deserve an adapter"),
     ("fedsvd", "FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA", "2505.12805",
      "federated", "LoRA among several data owners under differential privacy"),
     ("graco", "GraCo: Granularity-Controllable Interactive Segmentation", "2405.00587", "recipe",
