@@ -87,9 +87,9 @@ if TYPE_CHECKING:
     from fallow.recipes.formats.from_peft import from_peft
     from fallow.recipes.formats.plain_lora import to_lora
     from fallow.recipes.formats.to_peft import to_peft
+    from fallow.recipes.generalise_domains import DomainBatches
     from fallow.recipes.module_search import search_modules
     from fallow.report.ranks import rank_figure
-    from fallow.recipes.generalise_domains import DomainBatches
     from fallow.selection.largest import Largest
     from fallow.selection.lt_sft import LTSFT
     from fallow.selection.peft_config import SaRAConfig, SHiRAConfig
