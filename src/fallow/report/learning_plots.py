@@ -115,8 +115,6 @@ def seen_unseen(points: Sequence[Mapping[str, Any]], title: str) -> Figure | Non
     if not told:
         return None
     figure, axes = canvas(4.6, 3.2)
-    low = min(min(p["seen"] - (p["seen_spread"] or 0), p["unseen"] - (p["unseen_spread"] or 0)) for p in told) - 0.03
-    axes.plot([low, 1], [low, 1], color=RULE, linewidth=0.9)
     for point in told:
         series = point["series"] % len(SERIES)
         axes.errorbar(
@@ -126,6 +124,9 @@ def seen_unseen(points: Sequence[Mapping[str, Any]], title: str) -> Figure | Non
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.margins(0.12)
+    limits = axes.get_xlim(), axes.get_ylim()
+    axes.plot(limits[0], limits[0], color=RULE, linewidth=0.9, zorder=0)  # as good on unseen domains as on those seen
+    axes.set(xlim=limits[0], ylim=limits[1])
     axes.set(title=title, xlabel="other pictures of the sources", ylabel="unseen domains")
     figure.legend(loc="outside lower center", ncols=min(3, len(told)))
     return figure
