@@ -223,6 +223,68 @@ def test_a_loss_scale_changes_no_decision_and_a_step_without_numbers_says_nothin
     assert all(torch.equal(part.score, old) for part, old in zip(grows.parts, before, strict=True))
 
 
+def test_under_a_gradient_scaler_the_same_grows_as_without() -> None:
+    told = []
+    for scaled in (False, True):
+        model, _ = grower(score="exact")
+        optimizer = optimizer_of(model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=4, enabled=scaled)
+        x, y = data()
+        for _ in range(16):
+            optimizer.zero_grad()
+            scaler.scale(loss_on(x, y)(model)).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+            fallow.step(model)
+        told.append((ranks_of(model), [param.detach().clone() for param in model.parameters()]))
+    assert told[0][0] == told[1][0]
+    for a, b in zip(told[0][1], told[1][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("score", ["exact", "gates"])
+def test_blocks_and_weights_that_modules_read_themselves_grow_each_by_itself(score: str) -> None:
+    torch.manual_seed(1)
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, batch_first=True), "up": nn.Linear(8, 16)})
+    budget = IncreLoRA(top=2, begin=2, every=2, warmup=2, score=score)
+    fallow.attach(model, "adalora", rank=2, budget=budget, fused={".*in_proj_weight": 3, "up": 2})
+    optimizer = optimizer_of(model)
+    x = torch.randn(4, 5, 8)
+    for _ in range(12):
+        optimizer.zero_grad()
+        y, _ = model["attention"](x, x, x, need_weights=False)
+        (model["up"](y) - 1).square().mean().backward()
+        optimizer.step()
+        fallow.step(model)
+    names = ["attention.in_proj_weight.0", "attention.in_proj_weight.1", "attention.in_proj_weight.2"]
+    assert [part.name for part in growing(model).parts] == [*names, "attention.out_proj", "up.0", "up.1"]
+    assert sum(ranks_of(model)) == 12
+    assert all(float(part.score[0]) > 0 for part in growing(model).parts)
+    assert set(fallow.trim(model)) == {part.name for part in growing(model).parts}
+
+
+def test_a_base_in_bfloat16_and_autocast_grow_too() -> None:
+    for autocast in (False, True):
+        model, grows = grower()
+        if not autocast:
+            for module in model.children():
+                for param in module._parameters.values():
+                    param.data = param.data.bfloat16()
+        optimizer = optimizer_of(model)
+        x, y = data()
+        for _ in range(16):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = nn.functional.cross_entropy(model(x if autocast else x.bfloat16()).float(), y)
+            loss.backward()
+            optimizer.step()
+            fallow.step(model)
+        assert grows.finished()
+        assert sum(ranks_of(model)) == 9
+
+
 # -- growth -----------------------------------------------------------------------------------------------------------
 
 
@@ -427,9 +489,9 @@ def by_accelerate(method: str) -> nn.Module:
     return model
 
 
-def by_trainer(method: str, folder: Path, resume: bool = False) -> nn.Module:
+def by_trainer(method: str, folder: Path, resume: bool = False, host: str = "own") -> nn.Module:
     transformers = pytest.importorskip("transformers")
-    model, _ = grower(method, begin=0.2, every=None)
+    model, _ = grower(method, host=host, begin=0.2, every=None)
     x, y = data()
     rows = [{"x": a, "labels": b} for a, b in zip(x, y, strict=True)]
     arguments = transformers.TrainingArguments(
@@ -472,9 +534,11 @@ def test_a_bare_loop_accelerate_and_the_trainer_do_the_same(method: str, tmp_pat
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_the_trainer_resumes_between_two_growths_bit_for_bit(tmp_path: Path) -> None:
-    whole = by_trainer("adalora", tmp_path)
-    again = by_trainer("adalora", tmp_path, resume=True)
+@pytest.mark.parametrize("host", ["own", "peft"])
+def test_the_trainer_resumes_between_two_growths_bit_for_bit(host: str, tmp_path: Path) -> None:
+    whole = by_trainer("adalora", tmp_path, host=host)
+    again = by_trainer("adalora", tmp_path, resume=True, host=host)
+    assert growing(again).finished()
     for (name, a), (_, b) in zip(whole.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
 

@@ -76,7 +76,10 @@ class AdaLoRA(LoRA):
             return None
         there = (self.stage > 0).to(self.A.dtype)
         grams = (self.A @ self.A.T, self.B.T @ self.B)
-        apart = [((gram - torch.eye(len(there)).to(gram)) * torch.outer(there, there)).norm() for gram in grams]
+        apart = [
+            ((gram - torch.eye(len(there), dtype=gram.dtype, device=gram.device)) * torch.outer(there, there)).norm()
+            for gram in grams
+        ]
         layers = self.__dict__["_common"][0].__dict__["layers"]
         return (apart[0] + apart[1]) * (self.o.orthogonal / (2 * layers))
 
