@@ -74,6 +74,13 @@ def test_covariance_by_sample_is_the_same_whatever_the_batches(scale: str) -> No
     assert torch.allclose(together, apart, rtol=1e-4, atol=1e-6)
 
 
+def test_a_model_that_is_one_layer_has_an_empty_name() -> None:
+    model, data = nn.Linear(5, 3), [(torch.randn(4, 5), torch.randint(3, (4,)))]
+    stats = probe(model, data, {"input_covariance", "gradient", "activation"})
+    assert list(stats) == [""]
+    assert (stats[""].covariance.shape, stats[""].gradient.shape) == ((5, 5), (3, 5))
+
+
 def test_inputs_of_zero_are_not_divided_by_their_maximum() -> None:
     for scale in ("official", "max_abs", "none"):
         stats = probe(Heads(), [torch.zeros(2, 3, 6)], "input_covariance", scale=scale)

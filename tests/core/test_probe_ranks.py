@@ -51,14 +51,27 @@ def found(batches: list[tuple[Tensor, Tensor]], folder: str = "") -> dict[str, A
     return cells
 
 
+def uneven() -> dict[str, Any]:
+    """The first process has one batch, the other three; components of exact directions settle in the second."""
+    rows = torch.zeros(8, 6)
+    rows[:4, 0], rows[4:, 1] = 2.0, 1.0
+    stats = probe(nn.Sequential(Routed().q), [rows] * (3 if rank() else 1), "activation", components=2, center=False)
+    found = stats["0"].activation
+    return {"tokens": found.tokens, "directions": found.directions, "converged": found.converged}
+
+
 def together(folder: str) -> list[dict[str, Any]]:
     mine = data()[2 * rank() : 2 * rank() + 2]
-    return [found(mine), found(mine, folder), found(mine, folder)]
+    return [found(mine), found(mine, folder), found(mine, folder), uneven()]
 
 
 def test_two_processes_find_what_one_does(tmp_path: Any) -> None:
     one, other = run_ranks(together, str(tmp_path))
     alone = found(data())
+    for ours in (one.pop(), other.pop()):
+        assert ours["tokens"] == 8 + 16  # the second stops after two of its three
+        assert torch.allclose(ours["directions"], torch.eye(6)[:2], atol=1e-6)
+        assert ours["converged"].tolist() == [False, False]  # the first has seen one batch
     for ours in (*one, *other):
         assert ours["missing"] == alone["missing"] == ["never"]
         assert ours["batches"] == 4

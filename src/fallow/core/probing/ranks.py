@@ -61,21 +61,30 @@ def common_owners(owner: Mapping[str, str], names: Sequence[str]) -> dict[str, s
     found = {}
     for name in names:
         at = tuple(each.get(name) for each in every)
-        if any(at):
+        if any(one is not None for one in at):  # the name of a model that is one layer is empty
             found[name] = first.setdefault(at, name)
     return found
 
 
 def merged(own: Mapping[str, Principal], empty: Principal, device: torch.device) -> dict[str, Principal]:
-    """Principal components of the inputs of all ranks, {name: ...}, equal on all of them; `empty`: without a row."""
+    """Principal components of the inputs of all ranks, {name: ...}, equal on all of them; `empty`: without a row.
+
+    Each rank goes on until its own have settled; settled are those that have on every rank that saw the layer.
+    """
     if ranks() == 1:
         return dict(own)
     told = gathered({name: vars(part.known) for name, part in own.items() if part.known is not None})
     found: dict[str, Principal] = {}
-    for each in told:
-        for name, known in each.items():
-            one = dataclasses.replace(empty, known=Known(**_moved(known, device)))
-            found[name] = found.get(name, empty).merged(one)
+    for name in dict.fromkeys(name for each in told for name in each):
+        parts = [Known(**_moved(each[name], device)) for each in told if name in each]
+        total = empty
+        for part in parts:
+            total = total.merged(dataclasses.replace(empty, known=part))
+        assert total.known is not None, "a rank has seen a row"
+        settled = torch.zeros_like(total.known.converged)
+        least = min(len(part.converged) for part in parts)
+        settled[:least] = torch.stack([part.converged[:least] for part in parts]).all(0)
+        found[name] = dataclasses.replace(total, known=dataclasses.replace(total.known, converged=settled))
     return found
 
 

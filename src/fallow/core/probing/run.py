@@ -29,7 +29,6 @@ from fallow.core.probing.gradients import Gradients
 from fallow.core.probing.inputs import Inputs
 from fallow.core.probing.layers import Layer
 from fallow.core.probing.options import OF_GRADIENTS, OF_INPUTS, Options
-from fallow.core.probing.ranks import all_agree
 from fallow.core.probing.source import EMPTY, Source, digest_of
 
 
@@ -79,7 +78,7 @@ class Run:
     def _ready(self, turn: int) -> bool:
         """Before a pass after the first, in which only components are gathered."""
         self.inputs.active = frozenset({"activation"})
-        return all_agree(self.inputs.settled())
+        return self.inputs.settled()
 
     def _turn(self, turn: int, source: Source, keeping: Keeping | None, step: Callable[[int, int], None]) -> None:
         skipped = self.place.done if self.place.turn == turn else 0
@@ -93,7 +92,7 @@ class Run:
             self.place.done += 1
             self.place.batches += turn == 0
             step(turn, self.place.done)
-            if self.inputs.active == {"activation"} and not self._others(turn) and all_agree(self.inputs.settled()):
+            if self.inputs.active == {"activation"} and not self._others(turn) and self.inputs.settled():
                 break
             every = self.options.save_every
             if keeping is not None and every and self.place.done % every == 0:
