@@ -345,6 +345,10 @@ def test_mistakes_are_told_by_name_and_change_nothing() -> None:
     tasks.end_task()
     with pytest.raises(ConfigError, match="there is a task 'one' already"):
         tasks.start_task("one")
+    taken = network()
+    fallow.attach(taken, "lora", rank=2)
+    with pytest.raises(ConfigError, match="the model has adapters already"):
+        TaskSequence(taken, rank=2).start_task("one")
     for other, message in (
         (nn.Sequential(nn.Linear(3, 3)), "task 'one' changes '0' by 16 x 12, but it is 3 x 3"),
         (nn.Sequential(nn.Linear(12, 16)), "task 'one' changes '2', which the model does not have"),

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from fallow.core import schedule
 from fallow.core.delta import Delta, method_of
+from fallow.core.distributed import rank
 from fallow.core.errors import AdapterError, ConfigError, ModelError, TrainingError, nearest
 from fallow.core.files import (
     fingerprint,
@@ -50,6 +51,7 @@ from fallow.core.files import (
 from fallow.core.fused import Fused
 from fallow.core.held_deltas import held_adapter
 from fallow.core.host import detach
+from fallow.core.host.holder import root_of
 from fallow.core.host.targets import Spot, Targets, spots
 from fallow.deltas import attach
 from fallow.deltas.sora import SoRA
@@ -152,6 +154,10 @@ class TaskSequence:
             raise ConfigError(f"name={name!r} must be of letters, digits, spaces and + - _ . alone; it names a file")
         if name in self.tasks:
             raise ConfigError(f"there is a task '{name}' already; give another name")
+        if root_of(self.model) is not None:
+            raise ConfigError(
+                f"start_task('{name}'): the model has adapters already; merge them and fallow.detach(model) first"
+            )
         attach(self.model, self.method, name=ADAPTER, seed=self.seed, **self.how)
         held = held_adapter(self.model, ADAPTER).deltas
         found = {spot.key: spot for spot in spots(self.model)}
@@ -242,7 +248,7 @@ class TaskSequence:
             raise ConfigError(f"there is no task '{name}'{nearest(name, self.tasks)}")
         task, file = self.tasks.pop(name), self._file(name)
         self._change(task, -1.0)
-        if self.folder is not None:
+        if self.folder is not None and not rank():
             self._write_list()
             file.unlink(missing_ok=True)
         return task
@@ -297,7 +303,7 @@ class TaskSequence:
         return (self.folder or Path()) / f"{name}.safetensors"
 
     def _store(self, task: Task) -> None:
-        if self.folder is None:
+        if self.folder is None or rank():  # of several processes the first one writes
             return
         tensors = {f"{name}.b": b for name, (b, _) in task.factors.items()}
         tensors |= {f"{name}.a": a for name, (_, a) in task.factors.items()}
