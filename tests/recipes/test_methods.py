@@ -59,6 +59,42 @@ def test_the_ways_cover_every_method():
     assert {method for method, _, _ in WAYS.values()} == set(METHODS) - set(DELTAS)
 
 
+STARTED: list[tuple[str, dict[str, Any]]] = [
+    ("lora", {"rank": 2, "start": "pissa"}),
+    ("lora", {"rank": 2, "start": "lora-ga"}),
+    ("lora", {"rank": 2, "start": "corda", "budget": "lamda"}),
+    ("lora", {"rank": 2, "objective": "low-rank-change"}),
+    ("dora", {"rank": 2, "start": "eva", "budget": "eva"}),
+    ("lora-xs", {"rank": 2, "start": "lora-sb"}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), STARTED, ids=str)
+def test_starts_and_budgets_see_the_batches_and_the_adapter_on_a_fresh_base_is_the_trained_network(
+    tiny_sd, tmp_path, method, options
+):
+    unet, base, fresh = network(tiny_sd), network(tiny_sd), network(tiny_sd)
+    made = trained(unet, method, options)
+    made.save_adapter(tmp_path / "adapter", {"data": "things"})
+    apply_adapter(fresh, tmp_path / "adapter")
+    with torch.no_grad():
+        wanted, got, before = (n.eval()(*batch(7)).sample for n in (unet, fresh, base))
+    assert (wanted - before).abs().max() > 1e-3
+    torch.testing.assert_close(got, wanted, rtol=0, atol=2e-6)
+
+
+def test_starts_that_this_recipe_cannot_make_are_refused_before_anything_is_changed(tiny_sd):
+    unet = network(tiny_sd)
+    for options, told in (
+        ({"start": "fila"}, "fallow unlearn"),
+        ({"budget": "colora"}, "fully trained"),
+        ({"start": "pisa"}, "did you mean 'pissa'"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            trained(unet, "lora", {"rank": 2, **options})
+    assert not any("base_layer" in name for name, _ in unet.named_modules())
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_the_adapter_on_a_fresh_base_is_the_trained_network(tiny_sd, tmp_path, way):
     method, options, near = WAYS[way]

@@ -186,12 +186,13 @@ def save_peft(
     own: Any = bare(network)
     if name not in getattr(own, "peft_config", {}):
         raise ConfigError(f"the network has no PEFT adapter named '{name}'; put one in with inject_adapter_in_model")
+    check_peft(own.peft_config[name])
+    tensors = {PREFIX + key: value for key, value in get_peft_model_state_dict(own, adapter_name=name).items()}
+    own.peft_config[name].to_dict()  # a copy does not follow what becomes of its Deltas, as by a start or a new rank
     settings = copy.copy(own.peft_config[name])
-    check_peft(settings)
     settings.inference_mode = True
     if hasattr(settings, "_given"):  # a weight parameterization of ours
         metadata = {"method": settings.method, "options": settings._given(), **metadata}
-    tensors = {PREFIX + key: value for key, value in get_peft_model_state_dict(own, adapter_name=name).items()}
     parameters = bare_parameters(own)
     adapted = adapted_names(own)
     trained_biases = getattr(settings, "bias", "none") != "none"  # these are no longer the base's

@@ -5,8 +5,8 @@
     dora, kasa, loca, ...                   any other weight parameterization of this package that can be merged
     full                                    every weight
 
-A method's options are the arguments of its class or of its PEFT config, under their own names. New ones are a row of
-METHODS.
+A method's options are the arguments of its class or of its PEFT config, under their own names; with a start, a budget
+or an objective lora is this package's own. New methods are a row of METHODS.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from fallow.core.errors import ConfigError, FallowError, SelectionError, nearest
 from fallow.core.peft_host import FallowConfig
 from fallow.core.select import Amount
 from fallow.recipes.adapter_files import base_fingerprints, check_peft, save_full, save_peft
+from fallow.recipes.from_data import from_data
 from fallow.recipes.optimizers import ADAMW as ADAMW_ALONE
 from fallow.recipes.optimizers import OPTIMIZERS, Rule
 from fallow.recipes.parts import of_part, parts_of
@@ -43,6 +44,7 @@ from fallow.selection.sara import SaRA
 from fallow.selection.selective import Selective
 from fallow.selection.shira import SHiRA
 
+BEGUN = frozenset(("start", "budget", "objective"))  # options of every weight parameterization of this package
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # what LoRA is put on unless target_modules says otherwise
 RANK_WEIGHT = 5e-3  # of SaRA's nuclear-norm term: the paper's best
 RESELECT_AT = 0.5  # SaRA's progressive re-selection: once, at half of the run, as in the paper
@@ -133,9 +135,18 @@ def _called(cls: type[Selective], network: nn.Module, options: dict[str, Any]) -
 
 def _lora(order: Order) -> Trained:
     options = dict(order.options)
+    if BEGUN & options.keys():  # which PEFT's own LoRA has not
+        return _with_peft(order, "lora", _delta_config("lora"), {"seed": order.seed, **options})
     rank = options.pop("rank", options.pop("r", 8))
     alpha = options.pop("alpha", options.pop("lora_alpha", rank))
     return _with_peft(order, "lora", _config_class("LORA"), {"r": rank, "lora_alpha": alpha, **options})
+
+
+def _from_data(order: Order, part: nn.Module, cls: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """With the starts and budgets made that have to see the pictures."""
+    if not BEGUN & options.keys():
+        return options
+    return from_data(order, part, options, options.get("rank", getattr(cls.delta.Options(), "rank", 8)))
 
 
 def _peft(order: Order) -> Trained:
@@ -153,7 +164,10 @@ def _with_peft(order: Order, method: str, cls: Any, options: dict[str, Any]) -> 
     with torch.random.fork_rng(devices=_cuda(order.network)):
         torch.manual_seed(order.seed)
         try:
-            configs = {name: cls(**_targeted(cls, order, name, options)) for name in parts_of(order.network)}
+            configs = {
+                name: cls(**_from_data(order, part, cls, _targeted(cls, order, name, options)))
+                for name, part in parts_of(order.network).items()
+            }
             for config in configs.values():
                 check_peft(config)
             order.network.requires_grad_(False)
@@ -273,8 +287,10 @@ def _fields_of(cls: Any) -> list[str]:
     return [field.name for field in dataclasses.fields(cls) if field.init and field.name not in ("peft_type",)]
 
 
-def _lora_options(_: Mapping[str, Any]) -> list[str]:
-    return ["rank", "alpha", *_fields_of(_config_class("LORA")), *ADAMW]
+def _lora_options(options: Mapping[str, Any]) -> list[str]:
+    if BEGUN & options.keys():
+        return _delta_options("lora")(options)
+    return ["rank", "alpha", *sorted(BEGUN), *_fields_of(_config_class("LORA")), *ADAMW]
 
 
 def _peft_options(options: Mapping[str, Any]) -> list[str]:
@@ -343,7 +359,7 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
         if options[name] is None:
             raise ConfigError(f"the option {name} of the method {method} has no value; give one, or leave it out")
     amounts = {name: options[name] for name in AMOUNTS if name in options and options[name] is not None}
-    if amounts and method not in ("lora", "peft", "full"):
+    if amounts and method not in ("lora", "peft", "full", *DELTAS):  # where a budget is one of ranks
         Amount(**amounts)
     if method in DELTAS:
         delta = delta_of(method)
