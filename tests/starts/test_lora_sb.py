@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import Accelerator
 from begun import filled, linear, site_of, statistics
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
@@ -212,9 +213,18 @@ def test_the_largest_of_the_groups_rates_counts():
     assert first_lr(LambdaLR(optimizer, lambda step: step / 10)) == pytest.approx(3e-3)
 
 
+def test_a_scheduler_that_accelerate_prepared_is_asked_itself():
+    accelerator, optimizer = Accelerator(cpu=True), SGD([torch.ones(1)], lr=1e-3)
+    prepared = accelerator.prepare(LambdaLR(optimizer, lambda step: step / 10))
+    assert not isinstance(prepared, LambdaLR)
+    assert first_lr(prepared) == pytest.approx(1e-4)
+
+
 def test_a_rate_that_stays_zero_or_is_not_known_is_refused(monkeypatch):
     monkeypatch.setattr("fallow.starts.lora_sb.LONGEST", 50)
     with pytest.raises(ConfigError, match="still zero after 50 steps"):
         first_lr(lambda o: LambdaLR(o, lambda step: 0.0), 1e-3)
     with pytest.raises(ConfigError, match="give lr=1e-3"):
         first_lr(lambda o: LambdaLR(o, lambda step: 1.0))
+    with pytest.raises(ConfigError, match="schedule='cosine' is no scheduler of torch's"):
+        first_lr("cosine")

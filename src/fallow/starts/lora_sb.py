@@ -21,7 +21,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -91,20 +91,27 @@ def first_lr(schedule: LRScheduler | Callable[[torch.optim.Optimizer], LRSchedul
     first_lr(lambda optimizer: get_cosine_schedule_with_warmup(optimizer, 100, 1000), lr=1e-3). Steps are the
     scheduler's, whatever is accumulated between them. ConfigError where the rate stays zero, or lr is lacking.
     """
-    if isinstance(schedule, LRScheduler):
-        told = [{k: v for k, v in group.items() if k != "params"} for group in schedule.optimizer.param_groups]
-        own = torch.optim.SGD([{"params": [torch.zeros(1)], **copy.deepcopy(group)} for group in told], lr=1.0)
-        schedule = copy.deepcopy(schedule, {id(schedule.optimizer): own})  # with no parameter of the model
-    else:
-        if lr is None:
-            raise ConfigError("lr=None: a function that makes a schedule wants the optimizer's rate too; give lr=1e-3")
-        number("lr", lr, open_below=True)
-        own = torch.optim.SGD([torch.zeros(1)], lr=lr)
-        schedule = schedule(own)
+    own, running = _beside(schedule, lr)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a scheduler that steps before its optimizer
         for _ in range(LONGEST):
             if rate := max(float(group["lr"]) for group in own.param_groups):
                 return rate
-            schedule.step()
+            running.step()
     raise ConfigError(f"the schedule's learning rate is still zero after {LONGEST:,} steps; give one that rises")
+
+
+def _beside(schedule: Any, lr: float | None) -> tuple[torch.optim.Optimizer, LRScheduler]:
+    """An optimizer of nothing, and a copy of the schedule that moves its rates."""
+    schedule = getattr(schedule, "scheduler", schedule)  # Accelerate wraps it
+    if isinstance(schedule, LRScheduler):
+        told = [{k: v for k, v in group.items() if k != "params"} for group in schedule.optimizer.param_groups]
+        own = torch.optim.SGD([{"params": [torch.zeros(1)], **copy.deepcopy(group)} for group in told], lr=1.0)
+        return own, copy.deepcopy(schedule, {id(schedule.optimizer): own})  # with no parameter of the model
+    if not callable(schedule):
+        raise ConfigError(f"schedule={schedule!r} is no scheduler of torch's and no function that makes one")
+    if lr is None:
+        raise ConfigError("lr=None: a function that makes a schedule wants the optimizer's rate too; give lr=1e-3")
+    number("lr", lr, open_below=True)
+    own = torch.optim.SGD([torch.zeros(1)], lr=lr)
+    return own, schedule(own)
