@@ -261,8 +261,34 @@ def test_torchs_fast_path_does_not_hide_the_layers_of_an_encoder() -> None:
         mask=lambda batch: ~padding,
     )  # fmt: skip
     assert (stats["layers.0.linear1"].calls, stats["layers.0.linear1"].tokens) == (1, 8)
-    assert stats.missing == ("layers.0.self_attn.in_proj_weight", "layers.0.self_attn.out_proj")
-    assert not stats["layers.0.self_attn.in_proj_weight"].shows_input
+    assert stats.missing == ("layers.0.self_attn.out_proj",)
+    assert not stats["layers.0.self_attn.out_proj"].shows_input
+
+
+def test_the_first_projections_of_attention_show_what_they_are_given() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = nn.MultiheadAttention(6, 2, batch_first=True)
+            self.cross = nn.MultiheadAttention(6, 2, batch_first=True)
+            self.apart = nn.MultiheadAttention(6, 2, kdim=4, vdim=5, batch_first=True)
+            self.same = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.own(x, x, value=x)[0] + self.same(x)
+            h = h + self.cross(h, x, x)[0]
+            return self.apart(query=h, key=x[..., :4], value=x[..., 1:])[0]
+
+    model, x = Two(), torch.randn(2, 7, 6)
+    stats = probe(model, [x], {"input_covariance", "activation"})
+    assert torch.allclose(stats["own.in_proj_weight"].covariance, covariance([x.flatten(0, 1)]), atol=1e-5)
+    assert stats["same"].input_of == "own.in_proj_weight"
+    key, value = (part.flatten(0, 1) for part in (x[..., :4], x[..., 1:]))
+    assert torch.allclose(stats["apart.k_proj_weight"].covariance, covariance([key]), atol=1e-5)
+    assert torch.allclose(stats["apart.v_proj_weight"].covariance, covariance([value]), atol=1e-5)
+    assert stats["apart.q_proj_weight"].tokens == 14
+    outputs = ("own.out_proj", "cross.out_proj", "apart.out_proj")
+    assert set(stats.missing) == {"cross.in_proj_weight", *outputs}
 
 
 def test_a_quantised_base_shows_its_inputs_and_its_gradients() -> None:

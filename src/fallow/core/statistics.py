@@ -110,7 +110,7 @@ class LayerStatistics:
     (min(out, in),): singular values of W; of a stack of E matrices (E, min(out / E, in)). `tokens`: rows of input;
     `calls`: how often the layer ran. `input_of`: the layer whose input this one shares, itself where it has its own.
     `shows_input`: False where no hook can see its inputs as rows: of embeddings, and of weights that their module reads
-    itself.
+    itself, but for the first projections of attention.
     """
 
     shape: tuple[int, int]
@@ -228,8 +228,9 @@ class Statistics(Mapping[str, LayerStatistics]):
             )
         if site.layer in self.missing and asked in self.want:
             return (
-                f"'{site.layer}' never ran in the {self.batches} batches that fallow.probe was given, or did not count "
-                f"for the loss, so there is no {need} of it; give batches that use it, or exclude it"
+                f"'{site.layer}' never ran in the {self.batches} batches that fallow.probe was given, did not count "
+                f"for the loss, or attends to two inputs, so there is no {need} of it; give batches that use it, or "
+                "exclude it"
             )
         return f"there is no {need} of '{site.layer}' in these statistics; give fallow.probe want={{'{asked}'}}"
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,9 +85,8 @@ class Inputs:
 
     def _hook(self, layer: Layer) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if self._open:
-                x = args[0] if args else kwargs.get("input", kwargs.get("x", next(iter(kwargs.values()), None)))
-                self._seen(layer, cast(Tensor, x))
+            if self._open and (x := layer.given(args, kwargs)) is not None:
+                self._seen(layer, x)
 
         return hook
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fallow.core.delta import Delta
 from fallow.core.errors import ModelError
 from fallow.core.foreign_codes import is_coded
-from fallow.core.host.targets import Spot, Targets, choose, spots
+from fallow.core.host.targets import QKV, Spot, Targets, choose, spots
 from fallow.core.sharded import is_dtensor
 from fallow.core.views import ConvView, View
 
@@ -56,7 +56,19 @@ class Layer:
     @property
     def shows_input(self) -> bool:
         """Whether its inputs are rows of numbers that a hook can see."""
-        return not self.spot.reader and self.spot.sort in ("linear", "conv")
+        return self.spot.sort in ("linear", "conv") or (self.spot.sort == "attention" and self.spot.tensor in QKV)
+
+    def given(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The input, of what its module is called with. None of attention between two inputs, whose one projection of
+        both has no one input.
+        """
+        if self.spot.sort != "attention":
+            found: Any = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
+            return cast("Tensor | None", found)
+        parts = [*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :])][:3]
+        if self.spot.tensor == "in_proj_weight":
+            return cast(Tensor, parts[0]) if parts[0] is parts[1] is parts[2] else None
+        return cast(Tensor, parts[QKV.index(self.spot.tensor) - 1])
 
     @property
     def reading(self) -> tuple[Any, ...]:
