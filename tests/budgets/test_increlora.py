@@ -205,6 +205,18 @@ def test_means_are_kept_of_shares_or_of_the_scores_themselves() -> None:
 
 
 @pytest.mark.parametrize("score", ["exact", "gates"])
+def test_scores_may_be_taken_in_some_steps_alone(score: str) -> None:
+    model, grows = grower(begin=100, score=score, score_every=3)
+    optimizer = optimizer_of(model)
+    changed = []
+    for _ in range(7):
+        before = torch.stack([part.score.clone() for part in grows.parts])
+        train(model, optimizer, 1)
+        changed.append(not torch.equal(before, torch.stack([part.score for part in grows.parts])))
+    assert changed == [False, False, True, False, False, True, False]
+
+
+@pytest.mark.parametrize("score", ["exact", "gates"])
 def test_a_loss_scale_changes_no_decision_and_a_step_without_numbers_says_nothing(score: str) -> None:
     told = []
     for scale in (1.0, 1024.0):
@@ -552,7 +564,8 @@ def test_the_trainer_resumes_between_two_growths_bit_for_bit(host: str, tmp_path
         ({"first": 0}, "first=0"), ({"step": 0}, "step=0"), ({"top": 0.0}, "top=0.0"), ({"top": 0}, "top=0"),
         ({"begin": 1.5}, "begin=1.5"), ({"begin": 0.7}, "begin=0.7"), ({"every": 0}, "every=0"),
         ({"beta1": 1.5}, "beta1=1.5"), ({"score": "x"}, "score='x'"), ({"warmup": -1}, "warmup=-1"),
-        ({"reserve": "x"}, "reserve='x'"), ({"ceiling": 0}, "ceiling=0"), ({"end": 0.0}, "end=0.0"),
+        ({"score_every": 0}, "score_every=0"), ({"reserve": "x"}, "reserve='x'"), ({"ceiling": 0}, "ceiling=0"),
+        ({"end": 0.0}, "end=0.0"),
     ],
 )  # fmt: skip
 def test_options_that_cannot_be_are_refused_by_name(options: dict[str, Any], told: str) -> None:

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from fallow.core.delta import Delta
 from fallow.core.distributed import ranks
-from fallow.core.errors import ConfigError, ModelError
+from fallow.core.errors import ConfigError
 from fallow.core.regrowth import resized
 from fallow.core.sensitivity import Observed
-from fallow.core.sharded import is_dtensor
 
 HELD = 1e-5  # g of triplets in reserve
 DIMENSION = {"A": 0, "B": 1, "gate": 0}
@@ -48,6 +47,11 @@ class Growable:
         if id(param) in held and param.grad is not None:
             each = param.detach() * param.grad
             self.sum = (each if each.dim() == 1 else each.sum(0)).abs().sum().float()
+
+    def observe(self, on: bool) -> None:
+        """Whether the passes of the next step are scored."""
+        if self.observed is not None:
+            self.observed.on = on
 
     def taken(self) -> Tensor:
         """I of the passes since this was asked last, 0 where there were none."""
@@ -197,21 +201,3 @@ class Resized(Growable):
     def restore(self, born: list[int | None], score: Tensor) -> None:
         resized(self.delta, len(born))
         self.born, self.score = list(born), score.to(self.score)
-
-
-def growable(name: str, delta: Delta, first: int, reserve: int, exact: bool) -> Growable:
-    """ConfigError for a method that cannot grow."""
-    if any(is_dtensor(param) for param in delta.parameters()):
-        raise ModelError(f"'{name}' is sharded; its rank cannot grow")
-    if not delta.exact or delta.mode != "add" or not {"A", "B"} <= delta._parameters.keys():
-        raise ConfigError(
-            f"budget='increlora' lets ranks grow, which '{delta.name}' at '{name}' cannot; use 'adalora' (the paper's "
-            "form), 'lora' or 'sora'"
-        )
-    if getattr(delta.o, "offset", 0):
-        raise ConfigError(f"'{name}' has taken its start out of the weight, which cannot grow; leave start= out")
-    if first > delta.o.rank:
-        raise ConfigError(f"first={first} is above the rank of {delta.o.rank} that '{name}' can have; give less")
-    if hasattr(delta, "stage"):
-        return Staged(name, delta, first, reserve, exact)
-    return Resized(name, delta, first, exact)

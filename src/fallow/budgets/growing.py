@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fallow.budgets.growable import Growable, growable
+from fallow.budgets.growable import Growable, Resized, Staged
 from fallow.core.delta import Delta
 from fallow.core.distributed import mean
-from fallow.core.errors import ConfigError
+from fallow.core.errors import ConfigError, ModelError
 from fallow.core.fused import single
 from fallow.core.pacing import Pace, adam_catches_up, keep_pace
 from fallow.core.schedule import attached
 from fallow.core.sensitivity import smoothed
+from fallow.core.sharded import is_dtensor
 
 if TYPE_CHECKING:
     from fallow.budgets.increlora import IncreLoRA
@@ -46,6 +47,17 @@ class Growing:
         self.__dict__.update(state)
         keep_pace(self)
 
+    @property
+    def steps(self) -> int:
+        """How many optimizer steps were made; the next one's passes are scored where that is due."""
+        return self._steps
+
+    @steps.setter
+    def steps(self, made: int) -> None:
+        self._steps = made
+        for part in self.parts:
+            part.observe((made + 1) % self.budget.score_every == 0)
+
     # -- a Schedule ---------------------------------------------------------------------------------------------------
 
     def resolve(self, total: int) -> None:
@@ -62,7 +74,8 @@ class Growing:
         if self.finished():
             self._finish()
             return False
-        self._score()
+        if self.steps % self.budget.score_every == 0:
+            self._score()
         begin, every = self.budget.due(len(self.parts), self.rank, self.total)
         if self.steps <= begin or self.steps % every:
             return False
@@ -109,7 +122,8 @@ class Growing:
     # -- paces of new ranks -------------------------------------------------------------------------------------------
 
     def gathered(self, held: set[int]) -> None:
-        if self.budget.score == "gates" and not self.finished():
+        due = (self.steps + 1) % self.budget.score_every == 0
+        if self.budget.score == "gates" and due and not self.finished():
             for part in self.parts:
                 part.gather(held)
 
@@ -162,6 +176,24 @@ class Growing:
             told = state["weights"][part.name]
             part.restore(told["born"], torch.tensor(told["score"]))
         self.steps = int(state["steps"])
+
+
+def growable(name: str, delta: Delta, first: int, reserve: int, exact: bool) -> Growable:
+    """ConfigError for a method that cannot grow."""
+    if any(is_dtensor(param) for param in delta.parameters()):
+        raise ModelError(f"'{name}' is sharded; its rank cannot grow")
+    if not delta.exact or delta.mode != "add" or not {"A", "B"} <= delta._parameters.keys():
+        raise ConfigError(
+            f"budget='increlora' lets ranks grow, which '{delta.name}' at '{name}' cannot; use 'adalora' (the paper's "
+            "form), 'lora' or 'sora'"
+        )
+    if getattr(delta.o, "offset", 0):
+        raise ConfigError(f"'{name}' has taken its start out of the weight, which cannot grow; leave start= out")
+    if first > delta.o.rank:
+        raise ConfigError(f"first={first} is above the rank of {delta.o.rank} that '{name}' can have; give less")
+    if hasattr(delta, "stage"):
+        return Staged(name, delta, first, reserve, exact)
+    return Resized(name, delta, first, exact)
 
 
 def chosen(scores: Sequence[float], room: Sequence[int], top: int, step: int, left: int) -> dict[int, int]:

@@ -47,8 +47,9 @@ class IncreLoRA(Budget):
     `top`: how many weights grow at a time, or which share of them. `begin`: the last step, or share of the run, without
     growth. `every`: steps between two growths; None spreads them evenly until `end`, a share of the run. `warmup`:
     steps of new ranks until they learn at the full rate; None for `every`. `beta1`, `beta2`: of the two means. `score`:
-    "exact", as above, or "gates", the sum over ranks of |<B_k, dL/dB_k>|, which is at hand. `reserve`: whether ranks
-    learn before they are needed. `ceiling`: the largest rank of a weight in AdaLoRA's form.
+    "exact", as above, or "gates", the sum over ranks of |<B_k, dL/dB_k>|, which is at hand. `score_every`: steps from
+    one score to the next. `reserve`: whether ranks learn before they are needed. `ceiling`: the largest rank of a
+    weight in AdaLoRA's form.
     """
 
     name: ClassVar[str] = "increlora"
@@ -63,6 +64,7 @@ class IncreLoRA(Budget):
     beta1: float = 0.85
     beta2: float = 0.85
     score: Literal["exact", "gates"] = "exact"
+    score_every: int = 1
     absolute: bool = False
     reserve: bool = True
     ceiling: int | None = None
@@ -70,6 +72,7 @@ class IncreLoRA(Budget):
 
     def __post_init__(self) -> None:
         whole("first", self.first)
+        whole("score_every", self.score_every)
         for name in ("step", "every", "ceiling"):
             if getattr(self, name) is not None:
                 whole(name, getattr(self, name))

@@ -54,6 +54,7 @@ class Observed:
     def __init__(self, delta: Delta) -> None:
         self.delta = delta
         self.sum: Tensor | None = None
+        self.on = True  # else it only passes on
         self.of_parameter = delta.view.kind == "parameter"
         delta.__dict__["delta_weight" if self.of_parameter else "delta_forward"] = self
         delta.has_linear = False  # one operator for layer and change would not pass here
@@ -68,11 +69,11 @@ class Observed:
     def __call__(self, *args: Any) -> Tensor:
         if self.of_parameter:
             d = type(self.delta).delta_weight(self.delta)
-            if d.requires_grad:
+            if self.on and d.requires_grad:
                 d.register_hook(partial(self._whole, d.detach()))
             return d
         y = type(self.delta).delta_forward(self.delta, *args)
-        if y.requires_grad:
+        if self.on and y.requires_grad:
             y.register_hook(partial(self._by_rows, args[0].detach()))
         return y
 
