@@ -189,6 +189,17 @@ def test_an_optimizer_whose_state_cannot_follow_is_refused_and_nothing_changes()
         resized(delta_of(model), 0)
 
 
+def test_rules_of_factor_pairs_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 4))
+    fallow.attach(model, "lora", rank=3)
+    optimizer = fallow.LoRAPro(model, lr=1e-3)
+    x = torch.randn(4, 6)
+    step(model, optimizer, x)
+    with pytest.raises(ConfigError, match="LoRAPro keeps to the Parameters"):
+        resized(delta_of(model), 4)
+    assert delta_of(model).o.rank == 3
+
+
 def test_an_optimizer_that_has_made_no_step_can_be_given() -> None:
     model = nn.Sequential(nn.Linear(6, 10))
     fallow.attach(model, "lora", rank=3)

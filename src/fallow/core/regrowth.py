@@ -4,8 +4,8 @@
 since this module was imported, or is given: what it keeps for each number (moments, momentum) stays with the ranks that
 stay, bit for bit, and is zero for new ones; what it keeps for the whole Parameter (a step count) goes on.
 
-Rules that keep something else (factored moments, 8-bit codes, bases) are refused, before anything is changed, and so
-are runs of several processes: DistributedDataParallel has laid out its buckets for the Parameters that it was given.
+Rules that keep something else (factored moments, 8-bit codes, bases, pairs) are refused before anything is changed, and
+so are runs of several processes: DistributedDataParallel has laid out its buckets for the Parameters it was given.
 """
 
 from __future__ import annotations
@@ -71,6 +71,11 @@ def _held(optimizer: Optimizer, params: Iterable[Tensor]) -> bool:
 
 
 def _check(optimizer: Optimizer, param: Tensor, name: str) -> None:
+    if type(optimizer).__module__.startswith("fallow."):
+        raise ConfigError(
+            f"{type(optimizer).__name__} keeps to the Parameters that it was made with, so '{name}' cannot change its "
+            "rank under it; grow method 'adalora', or change the rank after training"
+        )
     for key, value in optimizer.state.get(param, {}).items():
         plain = type(value) is Tensor and (value.shape == param.shape or value.numel() == 1)
         if not plain and not isinstance(value, int | float | bool | None):
