@@ -18,7 +18,7 @@ import fallow
 from fallow.cli import app
 from fallow.core.errors import ConfigError, DataError, ModelError, TrainingError
 from fallow.recipes.settings import make_config
-from fallow.recipes.unlearn import Unlearned, unlearn
+from fallow.recipes.unlearn import Unlearned, evenly, unlearn
 from fallow.recipes.unlearn_config import UnlearnConfig
 from fallow.recipes.unlearn_data import read_texts
 from fallow.recipes.unlearn_model import _rate
@@ -195,6 +195,12 @@ def test_a_bf16_base_with_checkpointing_and_accumulated_batches_unlearns_too(pla
     assert told["updates"] == 8
     assert told["start"] == "pissa"
     assert told["after"]["forget"]["accuracy"] < run.info["before"]["forget"]["accuracy"]
+
+
+def test_texts_are_picked_evenly_and_once():
+    assert evenly(list(range(10)), 4) == [0, 3, 6, 9]
+    assert evenly(list(range(5)), 9) == [0, 1, 2, 3, 4]
+    assert evenly(list(range(1001)), 3) == [0, 500, 1000]
 
 
 def test_the_rate_rises_over_the_warm_up_and_falls_to_zero():

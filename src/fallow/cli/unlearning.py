@@ -25,7 +25,7 @@ HEADINGS = {
     "Adapter": "rank alpha targets",
     "Training": "retain_weight lr epochs batch_size accumulation warmup weight_decay max_grad_norm max_length stop "
     "precision gradient_checkpointing",
-    "What is measured and kept": "ngram extraction_texts extraction_every merged",
+    "What is measured and kept": "ngram extraction_texts extraction_every retain_texts merged",
 }
 FIGURES = (
     ("forget", "accuracy", "forgotten: memorised"),

@@ -96,6 +96,12 @@ def _claim(folder: Path) -> None:
         raise ConfigError(f"output {folder} is not empty; give another one")
 
 
+def evenly(examples: Sequence[Example], count: int) -> list[Example]:
+    """At most so many of them, evenly picked."""
+    places = torch.linspace(0, len(examples) - 1, min(count, len(examples)), dtype=torch.float64)
+    return [examples[i] for i in places.round().long().tolist()]
+
+
 class _Run:
     def __init__(self, work: Unlearning, tokenizer: Any, folder: Path, console: Console, info: dict[str, Any]) -> None:
         self.work, self.tokenizer, self.folder, self.console, self.info = work, tokenizer, folder, console, info
@@ -165,7 +171,9 @@ class _Run:
 
     def figures(self) -> dict[str, dict[str, float | None]]:
         """What the model knows now of what is to be forgotten, and of what is kept."""
-        return {"forget": self.knows(self.work.sets.forget), "retain": self.knows(self.work.sets.retain, False)}
+        sets = self.work.sets
+        kept = evenly(sets.retain, self.config.retain_texts or len(sets.retain))
+        return {"forget": self.knows(sets.forget), "retain": self.knows(kept, False)}
 
     def knows(self, examples: Sequence[Example], extract: bool = True) -> dict[str, float | None]:
         """Memorisation accuracy and perplexity, and where asked for the extraction likelihood."""
@@ -173,11 +181,8 @@ class _Run:
         size = max(1, 4 * config.batch_size)
         found: dict[str, float | None] = dict(recall(self.model, examples, size, self.work.sets.pad))
         if extract and config.extraction_texts:
-            count = min(config.extraction_texts, len(examples))
-            some = [examples[round(i)] for i in torch.linspace(0, len(examples) - 1, count).tolist()]
-            found["extraction"] = extraction_likelihood(
-                self.model, some, config.ngram, config.extraction_every, size=32
-            )
+            some = evenly(examples, config.extraction_texts)
+            found["extraction"] = extraction_likelihood(self.model, some, config.ngram, config.extraction_every)
         return found
 
     def forgotten(self) -> bool:

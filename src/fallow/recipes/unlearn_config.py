@@ -67,6 +67,7 @@ class UnlearnConfig(BaseModel):
     ngram: int = Field(10, ge=1, description="n of the extraction likelihood EL_n.")
     extraction_texts: int = Field(32, ge=0, description="Texts it is measured on, evenly picked; 0: it is left out.")
     extraction_every: int = Field(1, ge=1, description="Take every so manyth prefix of a text: less time, less exact.")
+    retain_texts: int = Field(500, ge=0, description="Texts to keep that are measured, evenly picked; 0: all.")
     merged: bool = Field(False, description="Save the merged model too, from which nothing can be detached.")
     precision: Literal["no", "bf16"] = Field("no", description="What the base is kept in; the adapter is in float32.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")

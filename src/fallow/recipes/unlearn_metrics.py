@@ -94,6 +94,7 @@ def overlap(made: Sequence[int], real: Sequence[int], n: int) -> float:
 def continued(model: nn.Module, prefix: Tensor, count: int) -> list[list[int]]:
     """`count` tokens that greedy decoding sets behind each prefix (n, t); an end of text does not end it."""
     device = next(model.parameters()).device
+    # as transformers calls it, before and from 5.24 on
     cached = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     given: dict[str, Any] = {"input_ids": prefix.to(device)}
     made: list[Tensor] = []
@@ -101,7 +102,7 @@ def continued(model: nn.Module, prefix: Tensor, count: int) -> list[list[int]]:
         outputs = model(**given, use_cache=True)
         token = outputs.logits[:, -1].argmax(-1, keepdim=True)
         made.append(token)
-        cache = getattr(outputs, "past_key_values", None)  # transformers' name for it among the outputs
+        cache = getattr(outputs, cached, None)
         given = (
             {"input_ids": torch.cat([prefix.to(device), *made], 1)}
             if cache is None
