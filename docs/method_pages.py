@@ -154,6 +154,9 @@ def _reference(card: Card) -> Iterator[str]:
     elif card.idea == "start and budget":
         yield from (f"::: {card.home}.{card.name}", "    options:", "      members: []", "")
         yield "Others of its kind, and what takes them: [starts](../concepts/starts.md), [budgets](../concepts/budgets.md)."
+    elif card.idea == "objective":
+        yield from (f"::: {card.home}.{card.name}", "    options:", "      members: []", "")
+        yield "Others of its kind, in loops and in the Trainer: [objectives](../concepts/objectives.md)."
     else:
         yield from (f"::: {card.home}.{card.name}", "    options:", "      members: [from_official, from_peft]", "")
         yield "Saving, loading, scales and resuming are those of [every selective method](../python.md)."

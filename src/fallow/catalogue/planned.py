@@ -6,15 +6,10 @@ from fallow.catalogue.entry import Idea
 
 # slug, title, arXiv id, idea, purpose
 PLANNED: tuple[tuple[str, str, str, Idea, str], ...] = (
-    ("ba-lora", "BA-LoRA: Bias-Alleviating Low-Rank Adaptation to Mitigate Catastrophic Inheritance in Large Language "
-     "Models", "2408.04556", "objective",
-     "three penalties that keep LoRA from amplifying noise and imbalance"),
     ("clora", "CLoRA: A Contrastive Approach to Compose Multiple LoRA Models", "2403.19776", "compose",
      "several concept LoRAs in one picture, kept apart by their attention maps while sampling"),
     ("cmlora", "Cached Multi-LoRA Composition for Multi-Concept Image Generation", "2502.04923", "compose",
      "several LoRAs in one picture, one leading at a time, the others from a cache"),
-    ("colora", "Contribution-based Low-Rank Adaptation with Pre-training Model for Real Image Restoration",
-     "2408.01099", "start and budget", "image restoration: rank where a degradation needs it"),
     ("fedsvd", "FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA", "2505.12805",
      "federated", "LoRA among several data owners under differential privacy"),
     ("graco", "GraCo: Granularity-Controllable Interactive Segmentation", "2405.00587", "recipe",
@@ -23,8 +18,6 @@ PLANNED: tuple[tuple[str, str, str, Idea, str], ...] = (
      "a generator that writes the LoRA of a task from a few examples of it"),
     ("intruder-dimensions", "LoRA vs Full Fine-tuning: An Illusion of Equivalence", "2410.21228", "analysis",
      "finds the new leading directions that mark forgetting, and scales them down"),
-    ("loku", "Towards Robust and Parameter-Efficient Knowledge Unlearning for LLMs", "2408.06621", "objective",
-     "forgets a given set with a bounded loss, from a start that points at it"),
     ("lora-lego", "Merging LoRAs like Playing LEGO: Pushing the Modularity of LoRA to Extremes Through Rank-Wise "
      "Clustering", "2409.16167", "compose", "many LoRAs into one of a chosen rank, without data"),
     ("lora-limits", "Computational Limits of Low-Rank Adaptation (LoRA) Fine-Tuning for Transformer Models",
