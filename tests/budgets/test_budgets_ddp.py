@@ -51,8 +51,22 @@ def trained(budget: str) -> tuple[list[list[int]], list[Tensor]]:
     return seen, [param.detach().clone() for param in model.parameters()]
 
 
+def searched() -> dict[str, float]:
+    """The gates of a search in which each process has batches of its own."""
+    model = network()
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(5 + rank()))
+    torch.manual_seed(7 + rank())  # which draws other factors, too
+    halves = [[half] for half in x.chunk(2)]
+
+    def wrong(net: nn.Module, batch: Tensor) -> Tensor:
+        return (net(batch) - batch.sum(1, keepdim=True)).square().mean()
+
+    return fallow.search_modules(model, *halves, loss=wrong, steps=10, rank=2).gates
+
+
 def both() -> dict[str, Any]:
     told: dict[str, Any] = {budget: trained(budget) for budget in BUDGETS}
+    told["gates"] = searched()
     try:
         fallow.attach(network(), "lora", rank=3, budget=BUDGETS["increlora"]())
     except ConfigError as error:
@@ -67,5 +81,7 @@ def test_two_processes_take_the_same_decisions_and_stay_equal() -> None:
         assert sum(first[budget][0][-1]) == 12
         assert len({tuple(ranks) for ranks in first[budget][0]}) > 3
         assert all(torch.equal(a, b) for a, b in zip(first[budget][1], second[budget][1], strict=True))
+    assert first["gates"] == second["gates"]
+    assert len(set(first["gates"].values())) == 3
     assert "several processes cannot train" in first["refused"]
     assert "'adalora'" in first["refused"]

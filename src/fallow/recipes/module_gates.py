@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fallow.budgets.diffora import DiffoRARanks, Scope
 from fallow.core.delta import Delta, number, one_of, whole
-from fallow.core.distributed import mean
+from fallow.core.distributed import broadcast, mean
 from fallow.core.errors import ConfigError, TrainingError
 from fallow.core.probing.batches import Loss, loss_of
 from fallow.deltas.diffora import DiffoRA
@@ -79,6 +79,7 @@ class Relaxed:
         device = next(iter(self.deltas.values())).A.device
         self.logits = {row: torch.zeros(len(names), device=device).requires_grad_() for row, names in rows.items()}
         self.factors = [param for delta in self.deltas.values() for param in delta.parameters()]
+        broadcast(self.factors)  # drawn in each process
         self.of_gates = torch.optim.Adam(
             list(self.logits.values()), lr=told.lr_gates, betas=told.betas, weight_decay=told.decay_gates
         )
