@@ -153,7 +153,8 @@ def _reference(card: Card) -> Iterator[str]:
         yield "[LISA and rules for LoRA](../concepts/optimizers.md)."
     elif card.idea == "start and budget":
         yield from (f"::: {card.home}.{card.name}", "    options:", "      members: []", "")
-        yield "Others of its kind, and what takes them: [starts](../concepts/starts.md), [budgets](../concepts/budgets.md)."
+        yield "Others of its kind, and what takes them: [starts](../concepts/starts.md),"
+        yield "[budgets](../concepts/budgets.md)."
     elif card.idea == "objective":
         yield from (f"::: {card.home}.{card.name}", "    options:", "      members: []", "")
         yield "Others of its kind, in loops and in the Trainer: [objectives](../concepts/objectives.md)."
