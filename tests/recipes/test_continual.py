@@ -183,7 +183,7 @@ def test_the_built_in_sequences_are_what_they_say(tmp_path: Path) -> None:
     assert [task.name for task in styles.tasks] == ["bronze", "sunset"]
     assert styles.known is None
     for bad, message in (
-        ({"data": "digit"}, r"data=digit is neither a folder nor one of turned-digits"),
+        ({"data": "digit"}, r"data=digit is neither a folder nor a set that is built in"),
         ({"data": "turned-digits", "order": ["91"]}, "order names '91', which is no task"),
         (
             {"data": "styles", "order": ["bronce"]},

@@ -58,7 +58,7 @@ def task_list(
         return TaskList(list(GARMENTS), styles(chosen, seed), None, 32, 3)
     place = Path(data).expanduser()
     if not place.is_dir():
-        raise ConfigError(f"data={data} is neither a folder nor one of {', '.join(BUILT_IN)}{nearest(data, BUILT_IN)}")
+        raise ConfigError(f"data={data} is neither a folder nor a set that is built in{nearest(data, BUILT_IN)}")
     groups, classes = folders(place, side, 3, seed, [*order, *([source] if order and source else [])])
     known = next((group for group in groups if group.name == source), None)
     if source is not None and known is None:

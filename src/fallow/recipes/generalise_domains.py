@@ -79,8 +79,7 @@ def domain_set(data: str, seed: int, side: int = 32, names: Sequence[str] = ()) 
     else:
         place = Path(data).expanduser()
         if not place.is_dir():
-            hint = nearest(data, BUILT_IN)
-            raise ConfigError(f"data={data} is neither a folder nor one of {', '.join(BUILT_IN)}{hint}")
+            raise ConfigError(f"data={data} is neither a folder nor a set that is built in{nearest(data, BUILT_IN)}")
         groups, classes = folders(place, side, 3, seed, names, SHARES)
         domains = [Domain(group, joined([group.train, group.held_out, group.test])) for group in groups]
         found = DomainSet(classes, domains, side, 3)
