@@ -415,6 +415,8 @@ def test_the_orthogonal_penalty_is_of_all_that_learns_and_falls() -> None:
 def test_a_file_saved_after_growth_loads_on_a_fresh_model_and_is_a_plain_lora(
     host: str, method: str, steps: int, tmp_path: Path
 ) -> None:
+    from peft import PeftModel
+
     model, _ = grower(method, host=host)
     train(model, optimizer_of(model), steps)
     x, _ = data()
@@ -423,12 +425,11 @@ def test_a_file_saved_after_growth_loads_on_a_fresh_model_and_is_a_plain_lora(
         fallow.save(model, tmp_path / "file")
         again = fallow.load(Net(), tmp_path / "file")
     else:
-        from peft import PeftModel
-
         model.save_pretrained(tmp_path / "file")
         again = PeftModel.from_pretrained(Net(), tmp_path / "file")
     torch.testing.assert_close(again(x), said, rtol=0, atol=1e-6)
-    fallow.to_lora(model, tmp_path / "lora.safetensors")
+    fallow.to_lora(model, tmp_path / "lora")
+    torch.testing.assert_close(PeftModel.from_pretrained(Net(), tmp_path / "lora")(x), said, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("host", ["own", "peft"])
