@@ -226,7 +226,14 @@ def test_the_command_line_runs_it_from_a_file_and_prints_json_or_a_table(done, p
     assert result.exit_code == 0, result.output
     for shown in ("forgotten: memorised", "kept: perplexity", "gradient-ascent", "merged model"):
         assert shown in result.stdout
-    assert "--retain-weight" in CliRunner().invoke(app, ["unlearn", "--help"], env={"COLUMNS": "200"}).stdout
+    shown = CliRunner().invoke(app, ["unlearn", "--help"], env={"COLUMNS": "200"}).stdout
+    assert "--retain-weight" in shown
+    assert shown.count("(required)") == 3
+    assert "Undefined" not in shown
+    result = CliRunner().invoke(app, ["unlearn", "--forget", "a.txt"], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert "model is not given and has no default; give it" in result.stderr
+    assert "retain is not given" in result.stderr
 
 
 def test_the_python_of_the_documentation_runs(place, tmp_path, monkeypatch):

@@ -76,7 +76,8 @@ def _flag(name: str, field: Any, panel: str | None) -> inspect.Parameter:
     """The flag of one field. Numbers and words are handed on as text: pydantic reads them, as it does a file's."""
     word = name.replace("_", "-")
     default = field.get_default(call_default_factory=True)
-    help = escape(f"{field.description or ''}{_shown(default)}")
+    told = " (required)" if field.is_required() else _shown(default)
+    help = escape(f"{field.description or ''}{told}")
     kind, metavar = _kind(field.annotation)
     more: dict[str, Any] = {"help": help, "show_default": False}
     if panel:

@@ -36,6 +36,9 @@ def explain(error: ValidationError, spelled: Callable[[list[str]], str] = ".".jo
     for problem in error.errors():
         cause = problem.get("ctx", {}).get("error")
         path = [str(part) for part in problem["loc"] if not str(part).startswith("function-")]
+        if problem["type"] == "missing":
+            lines.append(f"{spelled(path)} is not given and has no default; give it")
+            continue
         if isinstance(cause, FallowError | ValueError):
             said = str(cause)
         else:
