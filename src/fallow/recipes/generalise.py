@@ -240,7 +240,7 @@ class _Job:
         """One training, judged."""
         began = time.process_time()
         classifier, found = self._fresh(seed)
-        before = {spot.key: spot.parameter().detach().clone() for spot in spots(classifier.network)}
+        before = {spot.key: spot.parameter().detach() for spot in spots(self.prepared(seed)[0].network)}
         self._adapt(contestant, classifier, found, seed)
         sources = [found[name].group for name in found.names if name not in split]
         told: dict[str, Any] = {"failed": "", "lr": lr, "seed": seed, "split": split}
