@@ -482,6 +482,23 @@ def test_a_copy_of_a_growing_model_grows_by_itself() -> None:
     assert not growing(model).finished()
 
 
+def test_an_adapter_that_is_not_trained_does_not_grow() -> None:
+    model, _ = grower()
+    train(model, optimizer_of(model), 5)
+    before = ranks_of(model)
+    fallow.attach(model, "lora", rank=2, name="other")
+    x, y = data()
+    optimizer = optimizer_of(model)
+    for _ in range(6):
+        loss_on(x, y)(model).backward()
+        optimizer.step()
+        fallow.step(model)
+    assert ranks_of(model) == before
+    fallow.activate(model, "default")
+    train(model, optimizer_of(model), 9)
+    assert growing(model).finished()
+
+
 def by_accelerate(method: str) -> nn.Module:
     accelerate = pytest.importorskip("accelerate")
     model, _ = grower(method, begin=0.2, every=None)

@@ -146,3 +146,5 @@ def test_what_cannot_be_cut_is_refused_by_name() -> None:
     growing = fallow.attach(Net(), "adalora", rank=2, budget=IncreLoRA(begin=1, every=1))
     with pytest.raises(ConfigError, match="still changing ranks"):
         fallow.trim(growing)
+    fallow.attach(growing, "sora", rank=2, name="other")  # another adapter is not held up
+    assert set(fallow.trim(growing, "other").values()) == {2}

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fallow.budgets.growable import Growable, Resized, Staged
+from fallow.core.accompany import trained
 from fallow.core.delta import Delta
 from fallow.core.distributed import mean
 from fallow.core.errors import ConfigError, ModelError
@@ -74,6 +75,8 @@ class Growing:
         if self.finished():
             self._finish()
             return False
+        if not any(trained(part.delta) for part in self.parts):
+            return False
         if self.steps % self.budget.score_every == 0:
             self._score()
         begin, every = self.budget.due(len(self.parts), self.rank, self.total)
@@ -87,6 +90,9 @@ class Growing:
     def finished(self) -> bool:
         """Whether all the rank is given."""
         return self._given or sum(part.rank for part in self.parts) >= self.goal
+
+    def follows(self, delta: Delta) -> bool:
+        return any(part.delta is delta for part in self.parts)
 
     def _finish(self) -> None:
         self._given = True  # also where ranks are cut later

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fallow.budgets.growable import DIMENSION
+from fallow.core.accompany import trained
 from fallow.core.delta import Delta
 from fallow.core.errors import ConfigError
 from fallow.core.fused import single
@@ -64,12 +65,17 @@ class Pruning:
             for delta in self.parts.values():
                 delta.gate.masked_fill_(delta.stage == 0, 0.0)
             return False
+        if not any(trained(delta) for delta in self.parts.values()):
+            return False
         if self.steps <= begin or (self.steps % self.budget.every and self.steps != end):
             return False
         self._keep(left(self.steps, begin, end, self.first, self.last), final=self.steps == end)
         if self.steps == end:
             self.held.clear()
         return True
+
+    def follows(self, delta: Delta) -> bool:
+        return any(each is delta for each in self.parts.values())
 
     def finished(self) -> bool:
         """Whether the last decision is made."""

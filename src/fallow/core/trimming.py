@@ -12,6 +12,7 @@ and a gate at zero may return where training goes on. Optimizers that train the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 from torch.optim.optimizer import Optimizer
@@ -30,7 +31,8 @@ def trim(model: nn.Module, name: str = "default", optimizers: Iterable[Optimizer
     of that name, its method has no ranks to cut, or a budget is still changing them.
     """
     deltas = dict(adapters(model, name))
-    if any(hasattr(each, "finished") and not each.finished() for each in attached(model)):
+    changing: list[Any] = [each for each in attached(model) if hasattr(each, "finished") and not each.finished()]
+    if any(each.follows(delta) for each in changing for delta in deltas.values()):
         raise ConfigError(
             "a budget is still changing ranks; trim after its last decision, or it would miss what is cut"
         )
