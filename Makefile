@@ -33,7 +33,7 @@ imports: $(DEV)
 	$(BIN)/lint-imports
 
 docs: $(DEV)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean: ## Remove what tools have written; .venv and runs/ stay.
 	rm -rf site build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
