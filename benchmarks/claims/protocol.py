@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,8 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """`change`: of the digits, a name in CHANGES. `net`: "mlp" 64-128-128-10 or "conv". `targets`: which of its layers
-    are adapted, "hidden" (all but the last) or "all". `samples`: changed digits to learn from, None for all 1000.
+    """`change`: of the digits, a name in CHANGES. `net`: "mlp" 64-128-128-10, "deep" or "conv". `targets`: which of its
+    layers are adapted, "hidden" (all but the last) or "all". `samples`: changed digits to learn from, None for 1000.
     """
 
     change: str = "turned"
@@ -113,6 +114,10 @@ class Network(nn.Module):
 def network(net: str) -> Network:
     if net == "mlp":
         return Network(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+    if net == "deep":  # layers of four shapes
+        sides = [64, 128, 96, 96, 64, 32, 10]
+        layers = [layer for a, b in pairwise(sides) for layer in (nn.Linear(a, b), nn.ReLU())]
+        return Network(*layers[:-1])
     return Network(
         nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
         nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(),

@@ -115,12 +115,14 @@ EVERY = [
 # -- digits -----------------------------------------------------------------------------------------------------------
 
 
-def on_digits(chosen: Sequence[One], seeds: int) -> None:
+def on_digits(chosen: Sequence[One], seeds: int, name: str, setting: Setting, note: str) -> None:
     def seen_by(one: One) -> Callable[[nn.Module, Digits], Mapping[str, Any]]:
         def look(model: nn.Module, data: Digits) -> Mapping[str, Any]:
             x, y = data.target["train"]
             batches = [(x[i : i + 64], y[i : i + 64]) for i in range(0, 64 * PROBED, 64)]
-            layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][:-1]
+            kinds = nn.Linear | nn.Conv2d
+            layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+            layers = layers if setting.targets == "all" else layers[:-1]
 
             def tune(copied: nn.Module) -> None:
                 optimizer = torch.optim.Adam(copied.parameters(), lr=1e-3)
@@ -134,8 +136,7 @@ def on_digits(chosen: Sequence[One], seeds: int) -> None:
         return look
 
     contenders = [Contender(one.label, one.method, dict(one.options), seen=seen_by(one)) for one in chosen]
-    note = "rank 4 (LoRA-XS 8), s = 1, the two hidden layers; starts and budgets see 512 turned digits"
-    compare("starts-and-budgets-digits", contenders, seeds=seeds, setting=Setting(steps=150), note=note)
+    compare(name, contenders, seeds=seeds, setting=setting, note=f"{note}; starts and budgets see 512 turned digits")
 
 
 # -- glosses ----------------------------------------------------------------------------------------------------------
@@ -289,7 +290,14 @@ def main() -> None:
     labels = given.contenders.split(";") if given.contenders else [one.label for one in EVERY]
     chosen = [one for one in EVERY if one.label in labels]
     if given.on == "digits":
-        on_digits(chosen, given.seeds or 5)
+        seeds, budgets = given.seeds or 5, [one for one in chosen if " ranks" in one.label or "its own" in one.label]
+        starts = [one for one in chosen if " ranks" not in one.label]
+        budgets = [one for one in budgets if one.method != "lora-xs"]
+        note = "rank 4 (LoRA-XS 8), s = 1, the two hidden layers of the MLP"
+        if starts:
+            on_digits(starts, seeds, "starts-digits", Setting(steps=150), note)
+        note = "mean rank 4, s = 1, all six layers of an MLP 64-128-96-96-64-32-10"
+        on_digits(budgets, seeds, "budgets-digits", Setting(net="deep", targets="all", steps=150), note)
     else:
         on_glosses(chosen, Task(given.encoder, given.wordnet), given.seeds or 3)
 
