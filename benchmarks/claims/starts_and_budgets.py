@@ -1,4 +1,4 @@
-"""Every start and every static budget on equal terms: digits that turn, a real encoder that sorts WordNet glosses.
+"""Starts and budgets of ranks on equal terms: digits that turn, a real encoder that sorts WordNet glosses.
 
     python benchmarks/claims/starts_and_budgets.py --on digits
     python benchmarks/claims/starts_and_budgets.py --on glosses --wordnet /usr/share/wordnet    # see glosses.py
@@ -108,6 +108,9 @@ EVERY = [
     One("LoRA, EVA start and ranks", prepare=eva),
     One("LoRA, LaMDA++ ranks", prepare=lambda seen: {"budget": fallow.LaMDARanks(seen.probe("spectrum"))}),
     One("LoRA, CoLoRA ranks", prepare=contribution),
+    One("LoRA, IncreLoRA ranks", prepare=lambda seen: {"budget": "increlora"}),
+    One("AdaLoRA's form, its own start", "adalora"),
+    One("AdaLoRA's form, AdaLoRA ranks", "adalora", prepare=lambda seen: {"budget": "adalora"}),
     One("DoRA, EVA ranks", "dora", prepare=lambda seen: {"budget": fallow.EVARanks(seen.probe("activation", **PCA))}),
 ]
 
@@ -184,7 +187,7 @@ def gloss_run(one: One, task: Task, lr: float, seed: int) -> dict[str, Any]:
     part = "held out" if seed == SWEEP_SEED else "test"
     return {
         "contender": one.label, "lr": lr, "seed": seed, "accuracy": task.accuracy(model, part, seed),
-        "trained": sum(param.numel() for param in params) - sum(p.numel() for p in model.head.parameters()),
+        "trained": sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "head" not in name),
         "setup_seconds": round(setup, 2), "seconds": round(seconds, 1), "load": os.getloadavg()[0],
     }  # fmt: skip
 
