@@ -25,7 +25,7 @@ def test_the_python_of_the_page_runs_from_top_to_bottom(page, monkeypatch, tmp_p
     assert any(isinstance(module, fallow.Delta) for module in names["network"].modules())
 
 
-@pytest.mark.parametrize("slug", ["corda", "eva"])
+@pytest.mark.parametrize("slug", ["corda", "eva", "colora"])
 def test_the_example_of_the_methods_page_trains_and_saves(slug, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
