@@ -78,7 +78,7 @@ def train_command() -> Any:
         for name, metavar, help in (
             ("fraction", "<float>", "Share of the entries to train, above 0 and at most 1."),
             ("threshold", "<float>", "Train the entries smaller than this."),
-            ("budget", "<int|str>", "Train this many entries; or how ranks are shared out (eva, lamda, increlora ...)."),
+            ("budget", "<int|str>", "Train this many entries; or how ranks are shared out (eva, lamda ...)."),
             ("rank", "<int>", "Rank, of methods that have one (lora)."),
             ("start", "<str>", "Where low-rank factors start: pissa, milora, lora-ga, corda, eva ..."),
             ("mask", "<str>", "Which mask SHiRA trains: snip, wm, grad, rand or struct."),

@@ -1,6 +1,6 @@
 """Starts and budgets of a run that look at its pictures first: named in the options, made from a probe of its batches.
 
-    fallow train --method dora --option start=eva --option budget=eva
+fallow train --method dora --option start=eva --option budget=eva
 """
 
 from __future__ import annotations

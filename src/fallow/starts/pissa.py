@@ -6,7 +6,7 @@
 
 and W - s B0 A0 = W - U S Vᵀ stays frozen. For weights with both sides above 256 the triples are those of a randomised
 range finder (16 more columns than the rank, four power iterations). That moves what is split, never the output: in
-place of the least |W - U S Vᵀ| it leaves 0.4 % more of a random W, and 0.01 % more where singular values fall like 1 / i.
+place of the least |W - U S Vᵀ| it leaves 0.4 % more of a random W, and 0.01 % more where singular values fall as 1 / i.
 """
 
 from __future__ import annotations
