@@ -484,3 +484,13 @@ def test_a_module_is_imported_right_after_a_package_whoever_imports_that(tmp_pat
     assert theirs.told == ["ours_first", "ours_second"]
     with pytest.warns(UserWarning, match="ours_broken does not work with this theirs and is left out"):
         after_import("theirs", "ours_broken")
+
+
+@pytest.mark.parametrize("first", ["fallow.to_lora", "fallow.core.peft_host.layer"])
+def test_whatever_of_ours_comes_first_peft_learns_of_all_methods_without_a_warning(first):
+    """In an interpreter of its own."""
+    take = f"import {first}" if "core" in first else f"import fallow; {first}"
+    told = f"{take}; import peft; from fallow.core.peft_host.contract import METHODS; print(len(METHODS) > 20)"
+    done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", told], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("True")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+
+_waiting: list[tuple[str, str]] | None = None  # (package, module) of what is held back
 
 
 class _After(MetaPathFinder, Loader):
@@ -48,7 +51,26 @@ def after_import(package: str, module: str) -> None:
         sys.meta_path.insert(0, _After(package, module))
 
 
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Within the block nothing is imported because of another import; it is at its end, when what it needs is there."""
+    global _waiting
+    if _waiting is not None:
+        yield
+        return
+    _waiting = []
+    try:
+        yield
+    finally:
+        due, _waiting = _waiting, None
+    for package, module in due:
+        _import(package, module)
+
+
 def _import(package: str, module: str) -> None:
+    if _waiting is not None:
+        _waiting.append((package, module))
+        return
     try:
         import_module(module)
     except Exception as error:  # whatever is wrong with ours, `import peft` of somebody else must not fail for it

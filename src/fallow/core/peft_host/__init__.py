@@ -17,10 +17,13 @@ disabling, merging, `modules_to_save`, the Trainer and the hub. A weight that se
 all of them. Names that PEFT does not document are used in this folder only.
 """
 
-from fallow.core.peft_host.contract import Active, FallowConfig, Hosted, Kind, Site, host
-from fallow.core.peft_host.deltas import DeltaConfig, config_of, configs
-from fallow.core.peft_host.layer import PREFIX, FallowLayer
-from fallow.core.peft_host.tuner import FallowModel
+from fallow.core.on_import import held_back
+
+with held_back():  # these import PEFT, and what waits for PEFT imports these
+    from fallow.core.peft_host.contract import Active, FallowConfig, Hosted, Kind, Site, host
+    from fallow.core.peft_host.deltas import DeltaConfig, config_of, configs
+    from fallow.core.peft_host.layer import PREFIX, FallowLayer
+    from fallow.core.peft_host.tuner import FallowModel
 
 __all__ = [
     "PREFIX",
