@@ -259,7 +259,7 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.output
     row = next(line for line in shown.stdout.splitlines() if line.strip().startswith("two"))
     assert row.split()[1] == "0.001"
-    assert str(tmp_path / "job" / "report.html") in shown.stdout
+    assert str(tmp_path / "job" / "report.html") in "".join(shown.stdout.split())  # long paths are broken
     told = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
     assert told["folder"] == str(tmp_path / "job")
     assert [method["label"] for method in told["methods"]] == ["lora:1", "two"]
