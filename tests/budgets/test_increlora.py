@@ -615,3 +615,24 @@ def test_a_run_of_unknown_length_or_one_too_short_is_refused() -> None:
     model, _ = grower(target=8, step=1, every=10)
     with pytest.raises(ConfigError, match="raise top= or step="):
         schedule.resolve(model, 50)
+
+
+def test_dora_grows_by_the_scores_of_its_gradients_without_a_jump() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 10))
+    x, y = torch.randn(32, 12), torch.randn(32, 10)
+    with pytest.raises(ConfigError, match="score='gates'"):
+        fallow.attach(model, "dora", rank=3, budget="increlora")
+    fallow.attach(model, "dora", rank=3, alpha=6.0, budget=fallow.IncreLoRA(score="gates", top=1))
+    schedule.resolve(model, 40)
+    optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], 1e-2)
+    for _ in range(40):
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+        before = model(x).detach()
+        fallow.step(model)
+        torch.testing.assert_close(model(x).detach(), before, rtol=0, atol=1e-6)
+        optimizer.zero_grad()
+    deltas = [model[at].adapters["default"] for at in (0, 2)]
+    assert sum(delta.A.shape[0] for delta in deltas) == 6
+    assert {delta.scaling for delta in deltas} == {2.0}

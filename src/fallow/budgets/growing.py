@@ -1,7 +1,6 @@
 """What lets the ranks of an adapter grow while it trains: counts steps, gathers scores, decides, adds.
 
-Where a Delta has stages (AdaLoRA's form) all that it needs lies in its own buffers, so its file and the optimizer's
-resume it. Of others `state_dict()` tells ranks and scores.
+With stages (AdaLoRA's form) all lies in a Delta's own buffers, and resumes with them; `state_dict()` is for others.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from fallow.core.accompany import trained
 from fallow.core.delta import Delta
 from fallow.core.distributed import mean
 from fallow.core.errors import ConfigError, ModelError
+from fallow.core.factor_pair import FactorPair
 from fallow.core.fused import single
 from fallow.core.pacing import Pace, adam_catches_up, keep_pace
 from fallow.core.schedule import attached
@@ -188,10 +188,11 @@ def growable(name: str, delta: Delta, first: int, reserve: int, exact: bool) -> 
     """ConfigError for a method that cannot grow."""
     if any(is_dtensor(param) for param in delta.parameters()):
         raise ModelError(f"'{name}' is sharded; its rank cannot grow")
-    if not delta.exact or delta.mode != "add" or not {"A", "B"} <= delta._parameters.keys():
+    added = delta.exact and delta.mode == "add"
+    if not {"A", "B"} <= delta._parameters.keys() or not (added or (isinstance(delta, FactorPair) and not exact)):
         raise ConfigError(
             f"budget='increlora' lets ranks grow, which '{delta.name}' at '{name}' cannot; use 'adalora' (the paper's "
-            "form), 'lora' or 'sora'"
+            "form), lora or sora, or dora with fallow.IncreLoRA(score='gates')"
         )
     if getattr(delta.o, "offset", 0):
         raise ConfigError(f"'{name}' has taken its start out of the weight, which cannot grow; leave start= out")
