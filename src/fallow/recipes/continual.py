@@ -15,13 +15,12 @@ As in CoDyRA's runner: AdamW without weight decay, betas (0.9, 0.9999), a cosine
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,8 +32,6 @@ from torch import Tensor, nn
 from fallow.core import schedule
 from fallow.core.accompany import condition
 from fallow.core.errors import ConfigError, TrainingError
-from fallow.core.files import write_json
-from fallow.recipes import run_directory
 from fallow.recipes.classifiers import (
     SMALL,
     Classifier,
@@ -45,13 +42,13 @@ from fallow.recipes.classifiers import (
     teach,
     to_training,
 )
-from fallow.recipes.contestants import Contestant, contestants, once, spread, take_folder
+from fallow.recipes.contest import Contest
+from fallow.recipes.contestants import Contestant, contestants, once, spread
 from fallow.recipes.continual_clip import TEMPLATE, TextClassifier
 from fallow.recipes.continual_data import TaskList, task_list
 from fallow.recipes.continual_metrics import FIGURES, figures
 from fallow.recipes.continual_tasks import TaskSequence
 from fallow.recipes.labelled import Group
-from fallow.recipes.pipelines import chosen_device
 from fallow.report.continual import write_continual_page
 
 BETAS = (0.9, 0.9999)
@@ -130,28 +127,12 @@ class ContinualConfig(BaseModel):
 
 def continual(config: ContinualConfig, console: Console | None = None, command: str = "") -> Path:
     """Carry it out; returns the run's folder. ConfigError, DataError, ModelError before anything is written."""
-    console = console or Console(quiet=True)
-    job = _Job(config, console)
-    job.prepared(config.seeds[0])  # data and model are there, before a folder is made
-    job.check()
-    folder = config.output or run_directory.new_folder("continual", config.data)
-    run_directory.make(folder)
-    with run_directory.alone(folder):
-        take_folder(folder, config)
-        job.begin(folder, command)
-        for contestant in contestants(config.methods, config.options, ("full",)):
-            job.judge(contestant)
-        job.finish()
-    return folder
+    return _Job(config, console).carried_out(command)
 
 
-class _Job:
-    def __init__(self, config: ContinualConfig, console: Console) -> None:
-        self.config, self.console, self.device = config, console, chosen_device(config.device)
-        self.folder = Path()
-        self.info: dict[str, Any] = {}
-        self.results: list[dict[str, Any]] = []
-        self.prepared: Callable[[int], tuple[Classifier, TaskList]] = cache(self._prepare)
+class _Job(Contest[ContinualConfig, TaskList]):
+    name = "continual"
+    allowed = ("full",)
 
     def _prepare(self, seed: int) -> tuple[Classifier, TaskList]:
         """The network as it is before the first task, and the tasks."""
@@ -174,54 +155,37 @@ class _Job:
         classifier.network.eval()
         return classifier, listed
 
-    def _fresh(self, seed: int) -> tuple[Classifier, TaskList]:
-        classifier, listed = self.prepared(seed)
-        return copy.deepcopy(classifier), listed
-
     def check(self) -> None:
         """ConfigError, ModelError for what the first task would be refused for."""
-        for contestant in contestants(self.config.methods, self.config.options, ("full",)):
+        for contestant in self.contestants():
             classifier, listed = self._fresh(self.config.seeds[0])
             if not contestant.plain:
                 self._sequence(contestant, classifier, None).start_task(listed.tasks[0].name)
 
-    def begin(self, folder: Path, command: str) -> None:
-        self.folder = folder
-        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        classifier, listed = self.prepared(self.config.seeds[0])
-        run_directory.write_info(
-            folder, self.info, status="running", command=command, begun=now, data=self.config.data,
-            model=self.config.network, tasks=[task.name for task in listed.tasks], classes=listed.classes,
-            total_parameters=sum(p.numel() for p in classifier.network.parameters()),
-            trained_where=run_directory.hardware(self.device), versions=run_directory.versions(),
-        )  # fmt: skip
+    def described(self, classifier: Classifier, data: TaskList) -> dict[str, Any]:
+        return {"tasks": [task.name for task in data.tasks], "classes": data.classes}
 
     # -- a method -----------------------------------------------------------------------------------------------------
 
     def judge(self, contestant: Contestant) -> None:
         """Choose its rate, make its runs, and put what came of it on disk."""
-        config, first = self.config, self.config.seeds[0]
-        sweep = {}
-        if len(config.lrs) > 1:
-            for lr in config.lrs:
-                found = self._once(contestant, lr, first, "held_out")
-                sweep[lr] = -1.0 if found["failed"] else found[config.select_by]
-        lr = max(config.lrs, key=lambda rate: sweep.get(rate, 0.0))
+        config = self.config
+
+        def value(lr: float) -> float | None:
+            found = self._once(contestant, lr, config.seeds[0], "held_out")
+            return None if found["failed"] else found[config.select_by]
+
+        lr, told = self.chosen_rate(value)
         runs = [self._once(contestant, lr, seed, "test") for seed in config.seeds]
         done = [run for run in runs if not run["failed"]]
         names = [*FIGURES, "known_before", "known", "mean_rank", "chance", "kept_numbers"]
-        self.results.append({
-            "label": contestant.label, "method": contestant.method, "options": contestant.options,
-            "lr": lr, "at_edge": len(config.lrs) > 1 and lr in (min(config.lrs), max(config.lrs)),
-            "sweep": [{"lr": rate, "value": None if value < 0 else value} for rate, value in sweep.items()],
+        told |= {
             "figures": {name: spread([run[name] for run in done]) for name in names},
-            "trained_numbers": done[0]["trained_numbers"] if done else None, "seconds": sum(r["seconds"] for r in done),
+            "trained_numbers": done[0]["trained_numbers"] if done else None,
+            "seconds": sum(run["seconds"] for run in done),
             "runs": runs,
-        })  # fmt: skip
-        self._write("running")
-        shown = self.results[-1]["figures"]
-        told = ", ".join(f"{name} {_percent(shown[name]['mean'])}" for name in ("last", "average", "transfer", "known"))
-        self.console.print(f"{contestant.label} at lr {lr:g}: {told}", highlight=False, markup=False)
+        }
+        self.judged(contestant, told, ("last", "average", "transfer", "known"))
 
     def _once(self, contestant: Contestant, lr: float, seed: int, part: Part) -> dict[str, Any]:
         left_out = {"methods", "options", "lrs", "seeds", "output", "select_by", "gate_factors"}
@@ -338,17 +302,7 @@ class _Job:
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    # -- on disk ------------------------------------------------------------------------------------------------------
-
-    def _write(self, status: str) -> None:
-        config = self.config.model_dump(mode="json", exclude={"output"})
-        write_json(
-            self.folder / "results.json", {**self.info, "status": status, "config": config, "methods": self.results}
-        )
-
-    def finish(self) -> None:
-        run_directory.write_info(self.folder, self.info, status="finished")
-        self._write("finished")
+    def page(self) -> None:
         write_continual_page(self.folder)
 
 
@@ -381,7 +335,3 @@ def _is_clip(model: str) -> bool:
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"

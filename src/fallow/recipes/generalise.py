@@ -14,14 +14,13 @@ the domain that is left out decide nothing.
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -34,18 +33,17 @@ from torch import Tensor, nn
 from fallow.core import schedule
 from fallow.core.accompany import penalty
 from fallow.core.errors import ConfigError, TrainingError, nearest
-from fallow.core.files import write_json, write_tensors
+from fallow.core.files import write_tensors
 from fallow.core.host import merge, save
 from fallow.core.host.targets import spots
 from fallow.deltas import attach
 from fallow.deltas.pego import PEGO
-from fallow.recipes import run_directory
 from fallow.recipes.classifiers import SMALL, Classifier, fitting_ranks, make_classifier, own_side, teach, to_training
-from fallow.recipes.contestants import Contestant, contestants, once, spread, take_folder
+from fallow.recipes.contest import Contest
+from fallow.recipes.contestants import Contestant, contestants, once, spread
 from fallow.recipes.generalise_average import Averaged, Stretch, Valley, put
 from fallow.recipes.generalise_domains import BUILT_IN, DomainBatches, DomainSet, augmented, domain_set
 from fallow.recipes.labelled import joined
-from fallow.recipes.pipelines import chosen_device
 from fallow.report.generalise import write_generalise_page
 
 PROJECTIONS = ("q_proj", "v_proj", "query", "value")  # what PEGO adapts
@@ -117,26 +115,11 @@ class GeneraliseConfig(BaseModel):
 
 def generalise(config: GeneraliseConfig, console: Console | None = None, command: str = "") -> Path:
     """Carry it out; returns the folder. ConfigError, DataError, ModelError before anything is written."""
-    job = _Job(config, console or Console(quiet=True))
-    job.check()
-    folder = config.output or run_directory.new_folder("generalise", config.data)
-    run_directory.make(folder)
-    with run_directory.alone(folder):
-        take_folder(folder, config)
-        job.begin(folder, command)
-        for contestant in contestants(config.methods, config.options):
-            job.judge(contestant)
-        job.finish()
-    return folder
+    return _Job(config, console).carried_out(command)
 
 
-class _Job:
-    def __init__(self, config: GeneraliseConfig, console: Console) -> None:
-        self.config, self.console, self.device = config, console, chosen_device(config.device)
-        self.folder = Path()
-        self.info: dict[str, Any] = {}
-        self.results: list[dict[str, Any]] = []
-        self.prepared: Callable[[int], tuple[Classifier, DomainSet]] = cache(self._prepare)
+class _Job(Contest[GeneraliseConfig, DomainSet]):
+    name = "generalise"
 
     def _prepare(self, seed: int) -> tuple[Classifier, DomainSet]:
         """The network as it is before it is adapted, and the domains."""
@@ -165,25 +148,14 @@ class _Job:
 
     def check(self) -> None:
         """ConfigError, ModelError for what the first run would be refused for."""
-        for contestant in contestants(self.config.methods, self.config.options):
+        for contestant in self.contestants():
             classifier, found = self._fresh(self.config.seeds[0])
             self._adapt(contestant, classifier, found, self.config.seeds[0])
             if self.config.average != "none":
                 Averaged(classifier.network)
 
-    def _fresh(self, seed: int) -> tuple[Classifier, DomainSet]:
-        classifier, found = self.prepared(seed)
-        return copy.deepcopy(classifier), found
-
-    def begin(self, folder: Path, command: str) -> None:
-        self.folder = folder
-        classifier, found = self.prepared(self.config.seeds[0])
-        run_directory.write_info(
-            folder, self.info, status="running", command=command, begun=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            data=self.config.data, model=self.config.network, domains=found.names, classes=found.classes,
-            left_out=self._unseen(found), total_parameters=sum(p.numel() for p in classifier.network.parameters()),
-            trained_where=run_directory.hardware(self.device), versions=run_directory.versions(),
-        )  # fmt: skip
+    def described(self, classifier: Classifier, data: DomainSet) -> dict[str, Any]:
+        return {"domains": data.names, "classes": data.classes, "left_out": self._unseen(data)}
 
     def _unseen(self, found: DomainSet) -> list[str]:
         """The domains that are judged by."""
@@ -197,13 +169,13 @@ class _Job:
         _, found = self.prepared(first)
         unseen = self._unseen(found)
         splits = [unseen] if config.sources else [[name] for name in unseen]  # domains that are left out together
-        sweep: dict[float, float] = {}
-        if len(config.lrs) > 1:
-            for lr in config.lrs:
-                tried = [self._once(contestant, lr, first, split) for split in splits]
-                failed = any(run["failed"] for run in tried)
-                sweep[lr] = -1.0 if failed else statistics.fmean(run["held_out"] for run in tried)
-        lr = max(config.lrs, key=lambda rate: sweep.get(rate, 0.0))
+
+        def value(lr: float) -> float | None:
+            tried = [self._once(contestant, lr, first, split) for split in splits]
+            failed = any(run["failed"] for run in tried)
+            return None if failed else statistics.fmean(run["held_out"] for run in tried)
+
+        lr, told = self.chosen_rate(value)
         runs = [self._once(contestant, lr, seed, split) for seed in config.seeds for split in splits]
         by_seed = [[run for run in runs if run["seed"] == seed and not run["failed"]] for seed in config.seeds]
         whole = [some for some in by_seed if len(some) == len(splits)]
@@ -214,19 +186,14 @@ class _Job:
         }
         domains = {name: [_of(some, name) for some in whole] for name in unseen}
         done = next((run for run in runs if not run["failed"]), None)
-        self.results.append({
-            "label": contestant.label, "method": contestant.method, "options": contestant.options,
-            "lr": lr, "at_edge": len(config.lrs) > 1 and lr in (min(config.lrs), max(config.lrs)),
-            "sweep": [{"lr": rate, "value": None if value < 0 else value} for rate, value in sweep.items()],
+        told |= {
             "figures": {name: spread(values) for name, values in figures.items()},
             "domains": {name: spread(values) for name, values in domains.items()},
             "trained_numbers": None if done is None else done["trained_numbers"],
-            "seconds": sum(run["seconds"] for run in runs), "runs": runs,
-        })  # fmt: skip
-        self._write("running")
-        shown = self.results[-1]["figures"]
-        told = ", ".join(f"{name} {_percent(shown[name]['mean'])}" for name in ("unseen", "worst", "seen"))
-        self.console.print(f"{contestant.label} at lr {lr:g}: {told}", highlight=False, markup=False)
+            "seconds": sum(run["seconds"] for run in runs),
+            "runs": runs,
+        }
+        self.judged(contestant, told, ("unseen", "worst", "seen"))
 
     def _once(self, contestant: Contestant, lr: float, seed: int, split: list[str]) -> dict[str, Any]:
         left_out = {"methods", "options", "lrs", "seeds", "output"}
@@ -312,17 +279,7 @@ class _Job:
 
         return write
 
-    # -- on disk ------------------------------------------------------------------------------------------------------
-
-    def _write(self, status: str) -> None:
-        config = self.config.model_dump(mode="json", exclude={"output"})
-        write_json(
-            self.folder / "results.json", {**self.info, "status": status, "config": config, "methods": self.results}
-        )
-
-    def finish(self) -> None:
-        run_directory.write_info(self.folder, self.info, status="finished")
-        self._write("finished")
+    def page(self) -> None:
         write_generalise_page(self.folder)
 
 
@@ -451,7 +408,3 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _short(split: Sequence[str]) -> str:
     return split[0] if len(split) == 1 else f"{split[0]}-and-{len(split) - 1}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
