@@ -234,3 +234,16 @@ def test_every_start_and_budget_has_a_name_of_its_own() -> None:
         STARTS
     )
     assert {"uniform", "eva", "lamda", "colora"} <= set(BUDGETS)
+
+
+def test_dylora_weighs_what_a_cut_loses_of_what_was_learned_since_its_start() -> None:
+    model = fallow.attach(nn.Sequential(nn.Linear(12, 16)), "dylora", rank=4, alpha=4.0, start=Leading())
+    delta: Any = model[0].adapters["default"]
+    assert delta.importance().max() < 1e-6
+    with torch.no_grad():
+        delta.B2 += 0.1
+    lost = (0.1 * torch.ones(16, 1) @ delta.A2).norm().detach()
+    torch.testing.assert_close(delta.importance(), torch.stack([lost, lost, lost, 0 * lost]), rtol=1e-4, atol=1e-6)
+    delta.resize(6)
+    assert delta.o.offset == 6
+    torch.testing.assert_close(delta.importance()[3:], torch.zeros(3), rtol=0, atol=1e-6)

@@ -75,12 +75,12 @@ class FactorPair(Delta):
         if pair.b is not None and not pair.kept:
             self._subtract(self.A.detach().clone(), self.B.detach().clone())
 
-    def learned(self, b: Tensor | None = None) -> Tensor:
+    def learned(self, b: Tensor | None = None, a: Tensor | None = None) -> Tensor:
         """(r,): |B_k A_k - B0_k A0_k|, what each rank has learned, where as many are subtracted; without the scale.
 
-        `b` (out, r): in the place of B, where something stands between the factors.
+        `b` (out, r), `a` (r, in): in the place of B and A, where something stands between them or they are in pieces.
         """
-        b, a = (self.B if b is None else b).detach(), self.A.detach()
+        b, a = (self.B if b is None else b).detach(), (self.A if a is None else a).detach()
         if not self.o.offset:
             return b.norm(dim=0) * a.norm(dim=1)
         more_b, more_a = b - self.start_B, a - self.start_A  # B A - B0 A0 = (B - B0) A + B0 (A - A0)

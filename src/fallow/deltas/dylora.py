@@ -161,10 +161,13 @@ class DyLoRA(LoRA):
             self._subtract(a, b)
 
     def importance(self) -> Tensor:
-        """What a cut at each rank loses at most: the sum of s |B_k| |A_k| from it on, so it falls."""
-        b, a = self._at(self.o.rank)
-        worth = b[:, : self.o.rank].norm(dim=0) * a[: self.o.rank].norm(dim=1)
-        return worth.detach().flip(0).cumsum(0).flip(0)
+        """What a cut at each rank loses at most: the sum of s |B_k| |A_k|, or of what these have changed since a start,
+        from it on, so it falls.
+        """
+        b, a = (factor.detach() for factor in self._at(self.o.rank))
+        s = self.o.alpha / self.o.rank
+        worth = s * self.learned(b[:, : self.o.rank] / s, a[: self.o.rank])
+        return worth.flip(0).cumsum(0).flip(0)
 
     def used_ranks(self) -> int:
         """All, or those of `fallow.condition(model, rank=b)`: at a lower rank the scale is another."""
@@ -182,5 +185,7 @@ class DyLoRA(LoRA):
         self.o = dataclasses.replace(self.o, rank=rank, rank_min=min(self.o.rank_min, rank))
         self._keep(torch.cat([a[:rank], fresh_a.to(a)]), torch.cat([b[:, :rank], fresh_b.to(b)], 1), trained)
         if self.o.offset:
-            self._subtract(self.start_A[:rank], self.start_B[:, :rank])
+            zero_a, zero_b = torch.zeros_like(fresh_a).to(a), torch.zeros_like(fresh_b).to(b)
+            start_a, start_b = self.start_A[:rank], self.start_B[:, :rank]
+            self._subtract(torch.cat([start_a, zero_a]), torch.cat([start_b, zero_b], 1))
         self.drawn = self.draw(int(self.steps))
