@@ -69,12 +69,8 @@ class EachStep:
         objective: Objective | None = None,
         added: bool = True,
     ) -> None:
-        self.stepping, self.penalised, self.objective, self.added = (
-            Weakly(stepping),
-            Weakly(penalised),
-            objective,
-            added,
-        )
+        self.stepping, self.penalised = Weakly(stepping), Weakly(penalised)
+        self.objective, self.added = objective, added
         self.steps = 0
         self.total: int | None = None
         self._begin(added and bool(penalised))

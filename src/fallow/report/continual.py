@@ -10,33 +10,16 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from fallow.core.errors import DataError
-from fallow.core.files import read_json
-from fallow.report import plots
+from fallow.report.contest import write_contest_page
 from fallow.report.learning_plots import course_plot, matrix_plot, rank_plot
-from fallow.report.page import render
 
 SHOWN = 24  # weights whose ranks are drawn; of more, the first
 
 
 def write_continual_page(folder: str | Path) -> Path:
     """Write `report.html` beside the `results.json` in `folder`; returns its path. DataError where there is none."""
-    folder = Path(folder)
-    try:
-        result = read_json(folder / "results.json")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder} holds no results.json that can be read ({error}); give a folder of a job") from error
-    methods = [{**method, "series": number} for number, method in enumerate(result["methods"])]
-    return render(
-        "continual.html",
-        folder / "report.html",
-        title=f"One task after another: {Path(str(result['config']['data'])).name}",
-        folder=folder.resolve().name,
-        result=result,
-        config=result["config"],
-        methods=methods,
-        plots=[plots.inline_svg(figure, label) for figure, label in _figures(result, methods) if figure is not None],
-        failures=[(m["label"], run["failed"]) for m in methods for run in m["runs"] if run["failed"]],
+    return write_contest_page(
+        folder, "continual.html", "One task after another", lambda result, told: {"figures": _figures(result, told)}
     )
 
 

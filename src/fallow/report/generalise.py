@@ -9,35 +9,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fallow.core.errors import DataError
-from fallow.core.files import read_json
-from fallow.report import plots
+from fallow.report.contest import Methods, write_contest_page
 from fallow.report.learning_plots import domain_bars, seen_unseen
-from fallow.report.page import render
 
 
 def write_generalise_page(folder: str | Path) -> Path:
     """Write `report.html` beside the `results.json` in `folder`; returns its path. DataError where there is none."""
-    folder = Path(folder)
-    try:
-        result = read_json(folder / "results.json")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder} holds no results.json that can be read ({error}); give a folder of a job") from error
-    methods = [{**method, "series": number} for number, method in enumerate(result["methods"])]
+    return write_contest_page(folder, "generalise.html", "Domains never seen", _told)
+
+
+def _told(result: dict[str, Any], methods: Methods) -> dict[str, Any]:
     told = [method for method in methods if method["figures"]["unseen"]["mean"] is not None]
     best = max(told, key=lambda method: float(method["figures"]["unseen"]["mean"]), default=None)
-    return render(
-        "generalise.html",
-        folder / "report.html",
-        title=f"Domains never seen: {Path(str(result['config']['data'])).name}",
-        folder=folder.resolve().name,
-        result=result,
-        config=result["config"],
-        methods=methods,
-        best=best["label"] if best is not None and len(told) > 1 else None,
-        plots=[plots.inline_svg(figure, label) for figure, label in _figures(result, told) if figure is not None],
-        failures=[(m["label"], run["failed"]) for m in methods for run in m["runs"] if run["failed"]],
-    )
+    return {
+        "best": best["label"] if best is not None and len(told) > 1 else None,
+        "figures": _figures(result, told),
+    }
 
 
 def _figures(result: dict[str, Any], methods: Sequence[dict[str, Any]]) -> list[tuple[Any, str]]:
